@@ -1,0 +1,198 @@
+"""The one type of the library: a method is a record of pure functions.
+
+A method of parameter-efficient fine-tuning is described on ONE layer. It has
+two views of that layer, and at least one of them:
+
+* ``fold(p, t) -> p'``: from the layer's own parameters ``p`` and the method's
+  trained values ``t`` (theta) to plain parameters. This is the definition of
+  the method, and its export.
+* ``layer(f, x, t, ctx) -> y``: the layer's call ``f`` wrapped. This is the fast
+  path of weight methods (no dense delta is formed) and the only path of
+  methods that edit activations.
+
+Where both exist they are equal, and the conformance suite checks it. Letters:
+``x`` input, ``y`` output, ``p`` parameters of one layer, ``t`` theta of one
+layer, ``f`` the wrapped layer. Kernels reach a method as [d_in, d_out].
+"""
+
+from collections.abc import Callable, Mapping
+import difflib
+import importlib
+import inspect
+import pkgutil
+from typing import Any, NamedTuple, Optional
+
+
+class Site(NamedTuple):
+  """One place a method can attach to; `describe` finds them all.
+
+  A slice of a fused kernel is a site of its own, with the columns it covers at
+  the end of its path: 'block_0/attn/qkv[0:192]'.
+  """
+
+  path: str  # 'encoder/block_3/attn/query'
+  kind: str  # class of the layer: 'Dense', 'LayerNorm', 'Block', ...
+  role: str  # q k v o up gate down norm embed head, or '' where unknown
+  params: Mapping[str, Any]  # own leaves of ONE layer as the method sees them
+  x: Any = None  # shapes of the first input of __call__
+  y: Any = None  # shapes of the output of __call__
+  stack: tuple[int, ...] = ()  # axes added by nn.scan
+  leaves: Mapping[str, Any] = {}  # method's name of a leaf -> View
+
+
+class Context(NamedTuple):
+  """What a rule may see besides its input and its theta."""
+
+  path: str
+  site: Optional[Site] = None  # None in `prepare`
+  params: Mapping[str, Any] = {}  # the layer's own leaves, as `fold` sees them
+  rest: tuple[Any, ...] = ()  # further positional inputs of the call
+  train: bool = False
+  rng: Optional[Any] = None  # a key of this site and step, or None
+  batch: Any = None  # side inputs (task ids, adapter ids)
+  sow: Optional[Callable] = None  # sow(name, value): lands in apply's aux
+  dot: Optional[Callable] = None  # dot(x, a [d_in, r]): x times a, as the layer
+
+
+def identity(t, ctx):
+  del ctx
+  return t
+
+
+def nothing(key, sites):
+  del key, sites
+  return {}
+
+
+class Method(NamedTuple):
+  """A method. All callables are pure and jittable.
+
+  Attributes:
+    name: Short name, the key of its theta.
+    sites: `Site -> bool`, usually made by `select`.
+    init: `(key, site, p, stats) -> t` for one layer; the engine vmaps it over
+      stacked layers. `stats` is what calibration found for the site, or None.
+    prepare: `(t, ctx) -> t`, from stored to used theta, once per step.
+    fold: `(p, t) -> p'` or None.
+    layer: `(f, x, t, ctx) -> y` or None.
+    on: The module method that `layer` wraps: '__call__', or a hook of our own
+      backbones: 'attend', 'join', 'embed', 'readout'.
+    shared: `(key, sites) -> {name: array}`, arrays that all sites see.
+    frozen: Leaves of theta that are data, not trained.
+    drops: Base leaves that the rule replaces ('kernel' once quantised).
+    replaces: Theta holds new values of the layer's own leaves, by the same
+      names; they stand in for the base's leaves and cost nothing.
+    needs_x: False where `layer` reads x only through f(x) and ctx.dot(x, a), so
+      that it also runs on convolutions and embeddings.
+    labels: Theta leaf -> optimiser group ('b' -> 'fast'); '' is the default.
+    penalty: `(theta, aux, step) -> scalar`, theta being {path: t}.
+    after_step: `theta -> theta` after every update, over {path: t}: projections.
+    phases: Further `phases.Phase`s of a procedure that changes its method.
+    check: `{path: Site} -> None`, raises where the chosen sites do not suit.
+    tolerance: Largest |adapted - base| at init that the card allows; 0 = exact.
+    count: `(site) -> int`, trained numbers per layer by the card's formula.
+  """
+
+  name: str
+  sites: Callable
+  init: Callable
+  prepare: Callable = identity
+  fold: Optional[Callable] = None
+  layer: Optional[Callable] = None
+  on: str = '__call__'
+  shared: Callable = nothing
+  frozen: tuple[str, ...] = ()
+  drops: tuple[str, ...] = ()
+  replaces: bool = False
+  needs_x: bool = True
+  labels: Mapping[str, str] = {}
+  penalty: Optional[Callable] = None
+  after_step: Optional[Callable] = None
+  phases: tuple = ()
+  check: Optional[Callable] = None
+  tolerance: float = 0.0
+  count: Optional[Callable] = None
+
+
+SHARED = '*'  # the key of a method's shared arrays beside its paths
+
+
+def as_methods(methods):
+  """One method or a sequence of them -> {unique name: method}, innermost first.
+
+  Two methods of one name (two LoRAs) become 'lora' and 'lora_2'.
+  """
+  methods = (methods,) if isinstance(methods, Method) else tuple(methods)
+  named = {}
+  for m in methods:
+    if not isinstance(m, Method):
+      raise ValueError(
+          f'expected a Method, got {m!r}; make one with peftjax.load(name)')
+    name, n = m.name, 1
+    while name in named:
+      n += 1
+      name = f'{m.name}_{n}'
+    named[name] = m
+  return named
+
+
+def check_theta(named, theta):
+  """Raises where theta was made by other methods."""
+  if set(theta) != set(named):
+    raise ValueError(
+        f'theta holds {sorted(theta)}, the methods are {sorted(named)}')
+
+
+def nearest(word, choices, n=3):
+  """'; did you mean a, b?' for an error message, or the list of choices."""
+  choices = sorted(map(str, choices))
+  close = difflib.get_close_matches(str(word), choices, n, 0.5)
+  if close:
+    return f'; did you mean {" or ".join(map(repr, close))}?'
+  return f'; choose from {", ".join(choices) or "nothing: there is none"}'
+
+
+def names():
+  """All method names, 'family.method', found by walking the package."""
+  package = importlib.import_module('peftjax.methods')
+  found = []
+  for family in pkgutil.iter_modules(package.__path__):
+    if family.ispkg:
+      sub = importlib.import_module(f'peftjax.methods.{family.name}')
+      found += [f'{family.name}.{m.name}'
+                for m in pkgutil.iter_modules(sub.__path__)]
+  return sorted(found)
+
+
+def factory(name):
+  """The factory function of 'family.method': the function named as its file."""
+  if name not in names():
+    raise ValueError(f'unknown method {name!r}{nearest(name, names())}')
+  module = importlib.import_module(f'peftjax.methods.{name}')
+  return getattr(module, name.rsplit('.', 1)[-1])
+
+
+def load(name, **kwargs):
+  """Makes a method by its path: load('lowrank.lora', rank=8).
+
+  Args:
+    name: 'family.method', a file under peftjax/methods.
+    **kwargs: The factory's hyper-parameters. `sites` may be a predicate made by
+      `select`, or the keywords of `select` as a mapping (as configs have it).
+
+  Returns:
+    A `Method`.
+
+  Raises:
+    ValueError: unknown method or hyper-parameter, with the nearest choices.
+  """
+  make = factory(name)
+  known = inspect.signature(make).parameters
+  for key in kwargs:
+    if key not in known:
+      raise ValueError(
+          f'{name} has no hyper-parameter {key!r}{nearest(key, known)}')
+  if isinstance(kwargs.get('sites'), Mapping):
+    from peftjax.sites import select  # sites.py reads Site from here
+    kwargs['sites'] = select(**kwargs['sites'])
+  return make(**kwargs)

@@ -1,0 +1,1 @@
+"""Methods that rotate the input space of a kernel."""

@@ -1,0 +1,1 @@
+"""Bases kept in few bits, to compose with other methods."""

@@ -1,0 +1,1 @@
+"""Methods that change few entries of the base."""

@@ -1,0 +1,104 @@
+"""Theta, the trained values of methods: made, split, projected.
+
+Theta is a tree of its own, {method: {path: {leaf: array}}}, apart from the
+base's params. Gradients, optimiser state and checkpoints see theta only.
+"""
+
+import zlib
+
+import jax
+
+from peftjax import sites as sites_lib
+from peftjax import trees
+from peftjax import views as views_lib
+from peftjax.folding import over_stack, own_leaves, site_for
+from peftjax.method import as_methods, check_theta, SHARED
+
+
+def init(methods, key, sites, params, stats=None):
+  """Makes theta for methods on the sites of a model.
+
+  Args:
+    methods: A Method or a sequence of them, the first innermost.
+    key: PRNG key. A site's values depend on the key and its path only.
+    sites: What `describe` returned.
+    params: The base's params tree.
+    stats: {path: statistics} from calibration, handed to `Method.init`.
+
+  Returns:
+    {method name: {path: {leaf: array}}}; arrays that all sites of a method
+    share stand under the path '*'.
+
+  Raises:
+    ValueError: a selection that matches nothing, params that do not fit the
+      model, NaN or infinity in the base, a method that must be innermost.
+  """
+  sites_lib.check_fits(sites, params)
+  bad = trees.nonfinite(params)
+  if bad:
+    raise ValueError(f'the base holds NaN or infinity in {", ".join(bad)}')
+  named = as_methods(methods)
+  chosen = {n: sites_lib.matched(m, sites) for n, m in named.items()}
+  touched = set()
+  for name, m in named.items():
+    mine = {views_lib.split_path(p)[0] for p in chosen[name]}
+    if m.replaces and mine & touched:
+      raise ValueError(
+          f'{name} replaces leaves of {sorted(mine & touched)[0]!r}, which an '
+          f'inner method changes: put {name} first')
+    touched |= mine
+
+  def make(key, params, stats):
+    flat, theta = trees.flatten(params), {}
+    for i, (name, m) in enumerate(named.items()):
+      root = jax.random.fold_in(key, i)
+      theta[name] = {}
+      common = m.shared(jax.random.fold_in(root, 0), chosen[name])
+      if common:
+        theta[name][SHARED] = common
+      for path, site in chosen[name].items():
+        site = site_for(m, site)
+        k = jax.random.fold_in(root, zlib.crc32(path.encode()))
+        k = jax.random.split(k, site.stack) if site.stack else k
+
+        def one(k, own, m=m, site=site, path=path):
+          p = {n: v.get(own[v.leaf]) for n, v in site.leaves.items()}
+          return m.init(k, site, p, stats.get(path))
+
+        theta[name][path] = over_stack(one, site.stack)(k, own_leaves(site, flat))
+    return theta
+
+  return jax.jit(make)(key, params, stats or {})
+
+
+def partition(methods, theta):
+  """Splits theta into what is trained and what is data: (trained, frozen)."""
+  named = as_methods(methods)
+  check_theta(named, theta)
+
+  def keep(wanted):
+    return {name: {path: {leaf: v for leaf, v in t.items()
+                          if (leaf in named[name].frozen) != wanted}
+                   for path, t in by_path.items()}
+            for name, by_path in theta.items()}
+
+  return keep(True), keep(False)
+
+
+def combine(trained, frozen):
+  """Inverse of `partition`."""
+  return {name: {path: {**t, **frozen.get(name, {}).get(path, {})}
+                 for path, t in by_path.items()}
+          for name, by_path in trained.items()}
+
+
+def penalty(methods, theta, aux, step):
+  """Sum of the methods' penalties, a scalar; 0 where none has one."""
+  return sum((m.penalty(theta[n], aux, step)
+              for n, m in as_methods(methods).items() if m.penalty), 0.0)
+
+
+def after_step(methods, theta):
+  """Theta after the methods' projections, run after every update."""
+  return {n: m.after_step(theta[n]) if m.after_step else theta[n]
+          for n, m in as_methods(methods).items()}

@@ -1,0 +1,107 @@
+"""Trees of arrays by '/'-paths: rules, counts, stacking, fingerprints."""
+
+from collections.abc import Mapping
+import hashlib
+import re
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _plain(tree):
+  return ({k: _plain(v) for k, v in tree.items()}
+          if isinstance(tree, Mapping) else tree)
+
+
+def flatten(tree):
+  """Nested mapping -> {'a/b/c': leaf}."""
+  return traverse_util.flatten_dict(_plain(tree), sep='/')
+
+
+def unflatten(flat):
+  """{'a/b/c': leaf} -> nested dicts."""
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def first_match(rules, path, default):
+  """Value of the first (regex, value) whose regex is found in `path`."""
+  for pattern, value in rules:
+    if re.search(pattern, path):
+      return value
+  return default
+
+
+def count(tree):
+  """How many numbers a tree holds."""
+  return sum(int(np.prod(jnp.shape(v))) for v in jax.tree.leaves(tree))
+
+
+def size(tree):
+  """How many bytes a tree holds."""
+  return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
+
+def nonfinite(tree):
+  """Paths of the leaves that hold a NaN or an infinity.
+
+  Leaves without values (tracers, shapes) are passed over.
+  """
+  flat = flatten(tree) if isinstance(tree, Mapping) else {'': tree}
+  flat = {p: v for p, v in flat.items()
+          if isinstance(v, (np.ndarray, jax.Array))
+          and not isinstance(v, jax.core.Tracer)
+          and jnp.issubdtype(v.dtype, jnp.floating)}
+  ok = jax.jit(lambda f: {p: jnp.isfinite(v).all() for p, v in f.items()})(flat)
+  return [p for p, good in ok.items() if not good]
+
+
+def stack(params, pattern=r'(^|.*/)block_(\d+)', name='blocks'):
+  """Unrolled layers 'block_0', 'block_1', ... -> one stacked 'blocks'.
+
+  Args:
+    params: Nested mapping (params, or one method's theta by flat paths).
+    pattern: Regex whose first group is what stands before the layer's name and
+      whose second group is its number.
+    name: Name of the stacked layer.
+  """
+  out, layers = {}, {}
+  for path, v in flatten(params).items():
+    found = re.match(pattern + r'(?=/|$)', path)
+    if found:
+      new = f'{found[1]}{name}{path[found.end():]}'
+      layers.setdefault(new, {})[int(found[2])] = v
+    else:
+      out[path] = v
+  for path, each in layers.items():
+    if sorted(each) != list(range(len(each))):
+      raise ValueError(f'{path}: layers {sorted(each)} are not 0, 1, 2, ...')
+    out[path] = jnp.stack([each[i] for i in range(len(each))])
+  return unflatten(out)
+
+
+def unstack(params, name='blocks', prefix='block_'):
+  """Inverse of `stack`."""
+  out = {}
+  for path, v in flatten(params).items():
+    parts = path.split('/')
+    if name in parts:
+      at = parts.index(name)
+      for i in range(v.shape[0]):
+        new = [*parts[:at], f'{prefix}{i}', *parts[at + 1:]]
+        out['/'.join(new)] = v[i]
+    else:
+      out[path] = v
+  return unflatten(out)
+
+
+def fingerprint(params):
+  """SHA-256 over the paths, shapes, dtypes and bytes of a tree of arrays."""
+  digest = hashlib.sha256()
+  flat = flatten(params)
+  for path in sorted(flat):
+    value = np.asarray(flat[path])
+    digest.update(f'{path} {value.shape} {value.dtype}\n'.encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+  return digest.hexdigest()
