@@ -21,5 +21,4 @@ from peftjax.theta import init
 from peftjax.theta import partition
 from peftjax.theta import penalty
 from peftjax.trees import count
-
-__version__ = '0.1.0'
+from peftjax.version import VERSION as __version__
