@@ -1,0 +1,44 @@
+"""Every method on the quickstart task: accuracy against trained parameters.
+
+  python -m peftjax.compare --config=experiments/quickstart/all_methods.py \
+      --workdir=runs/all_methods
+
+Every arm searches four learning rates, a factor 3 apart, by half-length runs on
+seed 0 judged on the validation part; the best then runs at full length on three
+seeds, and only these read the test part. Hardware, wall time and results:
+experiments/quickstart/README.md. `:runlocal` does two steps a cell.
+"""
+
+import ml_collections
+
+from experiments import common
+
+HEAD = dict(name='selective.full', sites=dict(roles='head'), group='head')
+
+# (arm, method, centre of the learning-rate search)
+ARMS = (
+    ('head', (HEAD,), 1e-2),
+    ('lora', (dict(name='lowrank.lora', rank=8), HEAD), 3e-3),
+    ('oft', (dict(name='orthogonal.oft', block_size=16), HEAD), 3e-3),
+    ('coft', (dict(name='orthogonal.coft', block_size=16), HEAD), 3e-3),
+    ('boft', (dict(name='orthogonal.boft', block_size=8, factors=2), HEAD),
+     3e-3),
+    ('ssf', (dict(name='scaling.ssf'), HEAD), 3e-3),
+    ('bitfit', (dict(name='selective.bitfit'), HEAD), 3e-3),
+    ('diff_pruning', (dict(name='sparse.diff_pruning'), HEAD), 1e-3),
+    ('full', (dict(name='selective.full'),), 3e-4),
+)
+
+
+def get_config(arg=None):
+  """The grid; `arg` as in `common.parse_arg`."""
+  small = common.parse_arg(arg).get('runlocal', False)
+  grid = ml_collections.ConfigDict()
+  grid.base = common.kmnist(method=(HEAD,), lr=1e-3, arg=arg)
+  grid.arms = tuple((name, {'method': method, 'optim.lr': lr})
+                    for name, method, lr in ARMS)
+  grid.tasks = (('kmnist', {}),)
+  grid.seeds = (0,) if small else (0, 1, 2)
+  grid.search = None if small else dict(
+      rates=(1 / 3, 1.0, 3.0, 9.0), fraction=0.5, seed=0)
+  return grid

@@ -1,0 +1,168 @@
+"""Runs a grid of arms x tasks x seeds and compares them: table, CSV, plot.
+
+  python -m peftjax.compare --config=experiments/quickstart/all_methods.py \
+      --workdir=runs/all_methods
+
+A grid config holds
+
+  base    the training config that every cell starts from
+  arms    ((name, {config key: value}), ...): what each arm changes
+  tasks   ((name, {config key: value}), ...)
+  seeds   (0, 1, 2)
+  search  dict(rates=(1/3, 1, 3), fraction=0.5, seed=0), or None: every arm and
+          task first tries its learning rate times each of `rates`, for that
+          fraction of the steps, on that seed, judged on the validation part
+
+The test part is read by the final cells alone. A grid is resumable: a cell that
+has finished is not run again, a killed one continues from its checkpoint, a
+failed one is reported and does not stop the others.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import traceback
+
+from absl import app
+from absl import flags
+import jax
+import ml_collections
+from ml_collections import config_flags
+import rich
+from rich import table as rich_table
+
+from peftjax import report
+from peftjax.train import train
+
+
+def _cell(base, overrides, **more):
+  """The training config of one cell."""
+  config = ml_collections.ConfigDict(base.to_dict())
+  for key, value in [*overrides, *more.items()]:
+    node, *rest = key.split('.')
+    target = config
+    while rest:
+      target, node, rest = target[node], rest[0], rest[1:]
+    if node not in target:
+      raise ValueError(
+          f'grid: the base config has no key {key!r}; it has {sorted(target)}')
+    with target.unlocked(), target.ignore_type():
+      target[node] = value
+  return config
+
+
+def _name(*parts):
+  return '-'.join(str(p) for p in parts if p != '').replace('/', '_')
+
+
+def run_cell(config, workdir, label):
+  """Summary of one cell, run unless it has finished before; None if it fails."""
+  text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+  code = hashlib.sha256(text.encode()).hexdigest()[:8]
+  path = os.path.join(workdir, 'cells', f'{label}-{code}')
+  done = os.path.join(path, 'summary.json')
+  if os.path.exists(done):
+    with open(done) as f:
+      return json.load(f)
+  failed = os.path.join(path, 'error.txt')
+  if os.path.exists(failed):
+    os.remove(failed)
+  try:
+    return train(config, path, progress=False)
+  except Exception:  # pylint: disable=broad-except: the other cells go on
+    os.makedirs(path, exist_ok=True)
+    with open(failed, 'w') as f:
+      f.write(traceback.format_exc())
+    rich.print(f'[red]failed[/red] {label}: {failed}')
+    return None
+  finally:
+    jax.clear_caches()  # a grid would else keep every compiled step
+
+
+def _rate(config, factor):
+  return float(config.optim.lr * factor)
+
+
+def search(grid, arm, task, workdir, say):
+  """The learning rate that does best on the validation part, and all scores."""
+  base = _cell(grid.base, [*task[1].items(), *arm[1].items()])
+  scores = {}
+  for factor in grid.search.rates:
+    lr = _rate(base, factor)
+    config = _cell(base, [], **{
+        'optim.lr': lr, 'seed': grid.search.seed,
+        'steps': max(1, round(base.steps * grid.search.fraction)),
+        'eval_split': 'validation'})
+    say(f'{arm[0]} {task[0]} lr {lr:.3g} (search)')
+    summary = run_cell(config, workdir, _name(task[0], arm[0], f'lr{lr:.3g}'))
+    if summary:
+      scores[lr] = summary['after']['accuracy']
+  if not scores:
+    return None, scores
+  return max(scores, key=lambda lr: (scores[lr], -lr)), scores
+
+
+def run(grid, workdir, say=print):
+  """Runs what is missing of a grid and returns its rows and the failures.
+
+  Returns:
+    ([{arm, task, seed, lr, accuracy, ...}], [label of a failed cell]).
+  """
+  os.makedirs(workdir, exist_ok=True)
+  rows, failures = [], []
+  for task in grid.tasks:
+    for arm in grid.arms:
+      config = _cell(grid.base, [*task[1].items(), *arm[1].items()])
+      lr, scores = float(config.optim.lr), {}
+      if grid.search:
+        lr, scores = search(grid, arm, task, workdir, say)
+        if lr is None:
+          failures.append(_name(task[0], arm[0], 'search'))
+          continue
+      for seed in grid.seeds:
+        label = _name(task[0], arm[0], f's{seed}')
+        say(f'{arm[0]} {task[0]} seed {seed} lr {lr:.3g}')
+        summary = run_cell(
+            _cell(config, [], **{'optim.lr': lr, 'seed': seed}), workdir, label)
+        if summary is None:
+          failures.append(label)
+          continue
+        rows.append(dict(
+            arm=arm[0], task=task[0], seed=seed, lr=lr,
+            accuracy=summary['after']['accuracy'], loss=summary['after']['loss'],
+            trained=summary['trained'], stored=summary['stored'],
+            step_seconds=1 / summary['steps_per_second'],
+            peak_bytes=summary['peak_bytes'],
+            search={f'{k:.3g}': round(v, 4) for k, v in scores.items()}))
+  return rows, failures
+
+
+def show(rows):
+  """Prints the comparison as a table."""
+  table = rich_table.Table(title='accuracy: mean and 95 % interval over seeds')
+  lines = report.table(rows)
+  for name in lines[0]:
+    table.add_column(name, justify='left' if name in ('task', 'arm') else 'right')
+  for line in lines:
+    table.add_row(*(str(v) for v in line.values()))
+  rich.print(table)
+
+
+def main(argv):
+  del argv
+  grid, workdir = _CONFIG.value, _WORKDIR.value
+  rows, failures = run(grid, workdir)
+  if rows:
+    paths = report.write(rows, workdir)
+    show(rows)
+    rich.print('wrote ' + ', '.join(paths))
+  if failures:
+    sys.exit(f'{len(failures)} cell(s) failed: {", ".join(failures)}')
+
+
+if __name__ == '__main__':
+  _CONFIG = config_flags.DEFINE_config_file('config', lock_config=False)
+  _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results are kept.',
+                                 required=True)
+  app.run(main)
