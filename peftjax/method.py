@@ -91,6 +91,8 @@ class Method(NamedTuple):
     check: `{path: Site} -> None`, raises where the chosen sites do not suit.
     tolerance: Largest |adapted - base| at init that the card allows; 0 = exact.
     count: `(site) -> int`, trained numbers per layer by the card's formula.
+    spec: The keywords that `load` makes this method from again, for artifacts;
+      None for methods made in another way.
   """
 
   name: str
@@ -112,6 +114,7 @@ class Method(NamedTuple):
   check: Optional[Callable] = None
   tolerance: float = 0.0
   count: Optional[Callable] = None
+  spec: Optional[Mapping[str, Any]] = None
 
 
 SHARED = '*'  # the key of a method's shared arrays beside its paths
@@ -172,19 +175,22 @@ def factory(name):
   return getattr(module, name.rsplit('.', 1)[-1])
 
 
-def load(name, **kwargs):
+def load(name, *, phase=0, **kwargs):
   """Makes a method by its path: load('lowrank.lora', rank=8).
 
   Args:
     name: 'family.method', a file under peftjax/methods.
+    phase: For procedures that change their method: 0 is the method that they
+      start with, i the one that their i-th `phases.Phase` brings.
     **kwargs: The factory's hyper-parameters. `sites` may be a predicate made by
       `select`, or the keywords of `select` as a mapping (as configs have it).
 
   Returns:
-    A `Method`.
+    A `Method`. Its `spec` holds what was given here.
 
   Raises:
-    ValueError: unknown method or hyper-parameter, with the nearest choices.
+    ValueError: unknown method, hyper-parameter or phase, with the nearest
+      choices.
   """
   make = factory(name)
   known = inspect.signature(make).parameters
@@ -192,7 +198,22 @@ def load(name, **kwargs):
     if key not in known:
       raise ValueError(
           f'{name} has no hyper-parameter {key!r}{nearest(key, known)}')
-  if isinstance(kwargs.get('sites'), Mapping):
+  spec = dict(name=name, **kwargs)
+  if hasattr(kwargs.get('sites'), 'items'):  # a dict or a ConfigDict
     from peftjax.sites import select  # sites.py reads Site from here
+    words = inspect.signature(select).parameters
+    for key in kwargs['sites']:
+      if key not in words:
+        raise ValueError(
+            f'{name}: sites has no keyword {key!r}{nearest(key, words)}')
     kwargs['sites'] = select(**kwargs['sites'])
-  return make(**kwargs)
+  first = make(**kwargs)
+  later = tuple(
+      p._replace(method=p.method._replace(spec={**spec, 'phase': i}))
+      for i, p in enumerate(first.phases, 1))
+  if phase not in range(len(later) + 1):
+    raise ValueError(
+        f'{name} has no phase {phase!r}; choose from 0 to {len(later)}')
+  if phase:
+    return later[phase - 1].method
+  return first._replace(spec=spec, phases=later)

@@ -256,9 +256,14 @@ class Select:
       return False
     return all(any(g) for g in groups.values())
 
+  @property
+  def keywords(self):
+    """The keywords of `select` that make this predicate again."""
+    return {n: v for n, v in vars(self).items() if v}
+
   def __repr__(self):
-    fields = {n: v for n, v in vars(self).items() if v}
-    return f'select({", ".join(f"{n}={v!r}" for n, v in fields.items())})'
+    parts = (f'{n}={v!r}' for n, v in self.keywords.items())
+    return f'select({", ".join(parts)})'
 
   def unmatched(self, sites):
     """Alternatives that no site satisfies, as (what, value)."""
