@@ -1,0 +1,1 @@
+"""Maths shared by methods: pure functions on arrays."""
