@@ -58,7 +58,8 @@ def fold_site(method, leaves, own, t, ctx):
     if name not in leaves:
       raise ValueError(
           f'{method.name} at {ctx.path!r}: folding needs a leaf {name!r} that '
-          f'the layer does not have (it has {sorted(leaves)})')
+          f'the layer does not have (it has {sorted(leaves)}); build the layer '
+          f'with one, leave it out of `sites`, or keep {method.name} unfolded')
     view = leaves[name]
     old = own.get(view.leaf)
     out[view.leaf] = view.put(old, value).astype(
