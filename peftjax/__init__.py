@@ -8,7 +8,9 @@
 """
 
 from peftjax.apply import apply
-from peftjax.folding import fold
+from peftjax.artifact import load_adapter
+from peftjax.artifact import save_adapter
+from peftjax.fold import fold
 from peftjax.method import Context
 from peftjax.method import load
 from peftjax.method import Method

@@ -96,6 +96,21 @@ def unstack(params, name='blocks', prefix='block_'):
   return unflatten(out)
 
 
+def difference(a, b):
+  """How far two trees of floats are apart: (largest |a - b|, the same in ulps).
+
+  One unit in the last place (ulp) is the distance from the largest magnitude
+  among all numbers of a and b to the next float32. It is one unit for the whole
+  tree: rounding errors scale with the largest terms of a sum, and a number that
+  cancels to nearly 0 has an ulp of its own that says nothing about them.
+  """
+  pairs = [(np.asarray(x, np.float32), np.asarray(y, np.float32))
+           for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+  far = np.max([np.abs(x.astype(float) - y).max(initial=0) for x, y in pairs])
+  top = np.max([np.abs(v).max(initial=0) for pair in pairs for v in pair])
+  return float(far), float(far / np.spacing(np.float32(top)))
+
+
 def fingerprint(params):
   """SHA-256 over the paths, shapes, dtypes and bytes of a tree of arrays."""
   digest = hashlib.sha256()

@@ -70,6 +70,11 @@ def load_weights(path_or_name, classes=None, key=None, scan=False):
   return model_class(**args, scan=True), stack_blocks(params)
 
 
+def read_config(path_or_name):
+  """The 'config' entry of a weight file; errors as in `load_weights`."""
+  return _read(_resolve(path_or_name))[1]
+
+
 def save_weights(path, params, config, dtype=jnp.float16):
   """Writes params (unrolled or scanned) and config to a safetensors file.
 
