@@ -172,8 +172,9 @@ def cayley_neumann(q, terms):
                      = I + 2 Q + ... + 2 Q^{T-2} + Q^{T-1};
   T = 3 gives the same as T = 4, T = 2 gives I + 2 Q and T = 1 gives I: the
   series of Hugging Face PEFT, so its adapters load unchanged. R is orthogonal
-  only approximately; the error is Q^{T-1} + O(Q^T) for T >= 4 and the series
-  converges only where the spectral radius of Q is below 1.
+  only approximately, and the series converges only where the spectral radius
+  of Q is below 1: for T >= 4 it is the exact rotation times I - Q^{T-1}. Its
+  defect R R^T - I is -Q^{2T-2} for even T, but about -2 Q^{T-1} for odd T.
 
   Args:
     q: [..., b, b], skew-symmetric.
@@ -387,8 +388,9 @@ def project_ball(v, eps):
         'choice is 0.0.')
   v = _at_least_float32(v)
   square = 2 * jnp.sum(v**2, axis=-1, keepdims=True)
-  # The root has no derivative at 0, so 0 must not reach it: a `where` on the
-  # result alone would leave 0 * inf = NaN in the gradient.
+  # Neither the root at 0 nor an infinite radius may reach the branch that is
+  # not taken: a `where` on the result alone leaves NaN in the gradient.
   norm = jnp.sqrt(jnp.where(square > 0, square, 1))
   eps = jnp.asarray(eps, v.dtype)[..., None]
-  return jnp.where((square > 0) & (norm > eps), v * (eps / norm), v)
+  outside = (square > 0) & (norm > eps)
+  return jnp.where(outside, v * (jnp.where(outside, eps, 1) / norm), v)
