@@ -33,6 +33,33 @@ def first_match(rules, path, default):
   return default
 
 
+class Rules(Mapping):
+  """Ordered (regex, value) rules as a mapping from every name they match.
+
+  For names that are not known beforehand: Rules((r'^alpha', 'gate')) has the
+  value 'gate' for 'alpha.kernel' and for the alpha of any other leaf. Iterating
+  gives the patterns.
+  """
+
+  def __init__(self, *rules):
+    self.rules = rules
+
+  def __getitem__(self, name):
+    for pattern, value in self.rules:
+      if re.search(pattern, name):
+        return value
+    raise KeyError(name)
+
+  def __iter__(self):
+    return iter(pattern for pattern, _ in self.rules)
+
+  def __len__(self):
+    return len(self.rules)
+
+  def __repr__(self):
+    return f'Rules{self.rules}'
+
+
 def count(tree):
   """How many numbers a tree holds."""
   return sum(int(np.prod(jnp.shape(v))) for v in jax.tree.leaves(tree))
