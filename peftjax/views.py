@@ -169,16 +169,20 @@ def look(module, own, args):
     layout = Layout('flat', axis, tuple(range(-len(features), 0)))
     return layout, views | {
         'kernel': matrix_view('kernel', kernel, n_in=len(axis))}
-  if isinstance(module, (nn.Conv, nn.ConvTranspose)) and 'kernel' in own:
-    n = len(own['kernel'].shape)
+  if isinstance(module, (nn.Conv, nn.ConvTranspose)):
+    sizes, c_in = module.kernel_size, x.shape[-1]
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    c_in //= getattr(module, 'feature_group_count', 1)
+    n = len(sizes) + 2
     if getattr(module, 'transpose_kernel', False):  # stored [..., c_out, c_in]
-      perm = (n - 1, *range(n - 2), n - 2)
+      dims, perm = (module.features, c_in), (n - 1, *range(n - 2), n - 2)
     else:
-      perm = (n - 2, *range(n - 2), n - 1)
+      dims, perm = (c_in, module.features), (n - 2, *range(n - 2), n - 1)
+    kernel = _shape(own, 'kernel', *sizes, *dims)
     grouped = getattr(module, 'feature_group_count', 1) != 1
     plain = isinstance(module, nn.Conv) and not grouped
     return Layout('dot' if plain else 'opaque'), views | {
-        'kernel': matrix_view('kernel', own['kernel'], perm)}
+        'kernel': matrix_view('kernel', kernel, perm)}
   opaque = any(len(v.shape) > 1 for v in own.values())
   return Layout('opaque' if opaque else 'plain'), views
 
