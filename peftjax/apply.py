@@ -31,14 +31,16 @@ def graft(methods, params, theta):
   'peft' for the interceptor.
   """
   flat = dict(trees.flatten(params))
-  tree = {}
+  tree, dropped = {}, set()
   for name, m in as_methods(methods).items():
     for path, t in theta[name].items():
       if path == SHARED:
         continue
       base, span = views_lib.split_path(path)
       at = f'{base}/' if base else ''
-      if not any(p.startswith(at) for p in flat):
+      if m.drops:  # the layer may have nothing else
+        dropped.add(base)
+      if base not in dropped and not any(p.startswith(at) for p in flat):
         parents = {p.rpartition('/')[0] for p in flat}
         raise ValueError(
             f'{name}: the params tree has no {base!r}{nearest(base, parents)}')
@@ -62,8 +64,8 @@ def graft(methods, params, theta):
 
 
 def _put_columns(stored, value, span):
-  if not span:
-    return value
+  if not span:  # theta is float32; the layer computes in the base's dtype
+    return value.astype(stored.dtype)
   whole = stored.reshape(*value.shape[:-1], -1)
   return whole.at[..., slice(*span)].set(
       value.astype(stored.dtype)).reshape(stored.shape)
