@@ -112,7 +112,9 @@ def _nested(flat, sites):
 
 
 def _check_finite(arrays, what):
-  bad = trees.nonfinite(arrays)
+  bad = [n for n, a in arrays.items()
+         if jnp.issubdtype(a.dtype, jnp.floating)
+         and not np.isfinite(a.astype(np.float32)).all()]
   if bad:
     raise ValueError(f'{what} holds NaN or infinity in {", ".join(bad)}')
 
@@ -252,15 +254,7 @@ def load_adapter(path, sites=None, params=None):
   if set(theta) != set(named):
     raise ValueError(f'{path}: theta holds {sorted(theta)}, its methods are '
                      f'{sorted(named)}')
-  if sites is not None:
-    _check_sites(meta, sites)
-  if params is not None:
-    have, want = trees.fingerprint(params), meta['base']['fingerprint']
-    if have != want:
-      raise ValueError(
-          f'{path} was trained on another base: on {want[:12]}..., the params '
-          f'given are {have[:12]}... (fingerprints); its base is '
-          f'{_describe_base(meta["base"])}')
+  check_base(path, meta, sites, params)
   return Adapter(methods, theta, meta)
 
 
@@ -339,15 +333,24 @@ def _read_theta(path, meta):
   return _nested(jax.tree.map(jnp.asarray, out), meta['sites'])
 
 
-def _check_sites(meta, sites):
-  for name, by_path in meta['sites'].items():
-    for path, form in by_path.items():
-      if path not in sites:
-        raise ValueError(f'{name}: the model has no site {path!r}'
-                         f'{nearest(path, sites)}')
-      have = _form(sites[path])
+def check_base(path, meta, sites=None, params=None):
+  """Raises where an adapter's description does not fit a base; as load."""
+  for name, by_path in meta['sites'].items() if sites is not None else ():
+    for at, form in by_path.items():
+      if at not in sites:
+        raise ValueError(
+            f'{name}: the model has no site {at!r}{nearest(at, sites)}')
+      have = _form(sites[at])
       for what in ('stack', 'params'):
         if have[what] != form[what]:
           raise ValueError(
-              f'{name}: another shape at {path!r}: the adapter was made for '
+              f'{name}: another shape at {at!r}: the adapter was made for '
               f'{what} {form[what]}, the model has {have[what]}')
+  if params is None:
+    return
+  have, want = trees.fingerprint(params), meta['base']['fingerprint']
+  if have != want:
+    raise ValueError(
+        f'{path} was trained on another base: on {want[:12]}..., the params '
+        f'given are {have[:12]}... (fingerprints); its base is '
+        f'{_describe_base(meta["base"])}')

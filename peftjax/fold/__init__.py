@@ -20,10 +20,11 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peftjax import trees
 from peftjax.apply import apply
-from peftjax.artifact import load_adapter
+from peftjax.artifact import check_base, load_adapter
 from peftjax.folding import fold, must_fold
 from peftjax.method import as_methods
 from peftjax.models.weights import load_weights, read_config, save_weights
@@ -49,14 +50,14 @@ def fold_adapter(adapter_dir, out, weights=None):
     ValueError: a method that cannot fold, another base, a base that is not
       named, an output that cannot be written; nothing is written then.
   """
-  adapter = load_adapter(adapter_dir)
-  for name, method in as_methods(adapter.methods).items():
+  methods, theta, meta = load_adapter(adapter_dir)
+  for name, method in as_methods(methods).items():
     must_fold(name, method)
   out = os.fspath(out)
   if not out.endswith('.safetensors'):
     raise ValueError(f"out={out!r}: expected a file named '*.safetensors', such "
                      f'as {out + ".safetensors"!r}')
-  base = adapter.meta['base']
+  base = meta['base']
   weights = weights or base.get('weights')
   if not weights:
     raise ValueError(f'{adapter_dir} does not name its base; give --weights')
@@ -65,7 +66,7 @@ def fold_adapter(adapter_dir, out, weights=None):
   config = read_config(weights)
   shape, dtype = config['input'], config.get('dtype', 'float32')
   sites = describe(model, jax.ShapeDtypeStruct(shape, dtype))
-  methods, theta, meta = load_adapter(adapter_dir, sites, params)
+  check_base(adapter_dir, meta, sites, params)
 
   x, inputs = _inputs(base.get('data'), shape, dtype)
 
@@ -90,7 +91,7 @@ def fold_adapter(adapter_dir, out, weights=None):
                      'written') from e
   largest = max(float(jnp.abs(v).max()) for v in jax.tree.leaves(adapted))
   return dict(max_abs=far, max_ulp=ulps, largest=largest, inputs=inputs,
-              methods=[m.name for m in methods], out=out)
+              methods=list(as_methods(methods)), out=out)
 
 
 def _inputs(data, shape, dtype):
@@ -99,7 +100,7 @@ def _inputs(data, shape, dtype):
     from peftjax.data.pipeline import load_split  # slow to import
     arrays = load_split(data, 'test', size=shape[1])
     return jnp.asarray(arrays['image'][:BATCH], dtype), f'{data}, test split'
-  key, shape = jax.random.key(0), (BATCH, *shape[1:])
+  rng, shape = np.random.RandomState(0), (BATCH, *shape[1:])
   if jnp.issubdtype(dtype, jnp.integer):
-    return jax.random.randint(key, shape, 0, 2, dtype), 'random ids'
-  return jax.random.normal(key, shape, dtype), 'normal noise'
+    return jnp.asarray(rng.randint(0, 2, shape), dtype), 'random ids'
+  return jnp.asarray(rng.standard_normal(shape), dtype), 'normal noise'
