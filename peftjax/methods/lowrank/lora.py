@@ -20,6 +20,7 @@ sites of their own: each gets its own A and B.
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,9 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
     sites: Predicate on sites; by default every kernel but the head.
 
   Raises:
-    ValueError: a rank outside [1, min(d_in, d_out)], an unknown scaling, a
-      dropout outside [0, 1), or a pattern that matches no site.
+    ValueError: a rank outside [1, min(d_in, d_out)], an alpha that is not
+      positive, an unknown scaling, a dropout outside [0, 1), or a pattern that
+      matches no site.
   """
   rank_pattern, alpha_pattern = (
       tuple(p.items()) if hasattr(p, 'items') else tuple(map(tuple, p))
@@ -56,7 +58,12 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
   if scaling not in SCALINGS:
     raise ValueError(f'unknown scaling {scaling!r}{nearest(scaling, SCALINGS)}')
   if not 0 <= dropout < 1:
-    raise ValueError(f'dropout={dropout}: expected a rate in [0, 1)')
+    raise ValueError(f'lora: dropout={dropout}: expected a rate in [0, 1); '
+                     f'the nearest is {0.0 if dropout < 0 else 0.9}')
+  for a in (alpha, *(a for _, a in alpha_pattern)):
+    if not 0 < a < math.inf:
+      raise ValueError(f'lora: alpha={a}: expected a positive number; 16 is '
+                       'usual')
 
   def rank_of(path):
     return trees.first_match(rank_pattern, path, rank)
@@ -77,11 +84,12 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
         raise ValueError(f'lora: {path!r} ({site.kind}) has no kernel; it has '
                          f'{sorted(site.params)}')
       most, r = min(site.params['kernel'].shape), rank_of(path)
-      if not isinstance(r, int) or not 1 <= r <= most:
+      if not isinstance(r, numbers.Integral) or not 1 <= r <= most:
+        near = min(max(int(r), 1), most) if isinstance(r, numbers.Real) else 8
         raise ValueError(
-            f'lora: rank {r} at {path!r}: expected a whole number from 1 to '
+            f'lora: rank {r!r} at {path!r}: expected a whole number from 1 to '
             f'{most} for a kernel of {list(site.params["kernel"].shape)}; the '
-            f'nearest is {min(max(int(r), 1), most)}')
+            f'nearest is {min(near, most)}')
 
   def init(key, site, p, stats):
     del stats
