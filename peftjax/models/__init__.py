@@ -1,0 +1,1 @@
+"""Reference Linen models whose hook methods an interceptor can see."""
