@@ -17,14 +17,14 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Mapping
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from peftjax import trees
 
 _FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), 'weights')
 
@@ -64,10 +64,10 @@ def load_weights(path_or_name, classes=None, key=None, scan=False):
   if fresh:
     tensors |= _new_head(shapes, key)
   _check(tensors, shapes, path)
-  params = _nest({n: jnp.asarray(a, jnp.float32) for n, a in tensors.items()})
+  params = trees.unflatten({n: jnp.asarray(a, jnp.float32) for n, a in tensors.items()})
   if not scan:
     return model_class(**args), params
-  return model_class(**args, scan=True), stack_blocks(params)
+  return model_class(**args, scan=True), trees.stack(params)
 
 
 def read_config(path_or_name):
@@ -90,10 +90,8 @@ def save_weights(path, params, config, dtype=jnp.float16):
   for entry in ('module', 'args', 'input'):
     if entry not in config:
       raise ValueError(f'config has no entry {entry!r}, only {sorted(config)}')
-  if 'blocks' in params:
-    params = unstack_blocks(params)
   tensors = {}
-  for name, a in _flat(params).items():
+  for name, a in trees.flatten(trees.unstack(params)).items():
     a = np.asarray(a)
     # Overflow is reported below, by name.
     with np.errstate(over='ignore'):
@@ -107,30 +105,6 @@ def save_weights(path, params, config, dtype=jnp.float16):
   with open(part, 'wb') as f:
     f.write(data)
   os.replace(part, path)
-
-
-def stack_blocks(params):
-  """{'block_0': t, 'block_1': t, ...} -> {'blocks': t with leading axis}."""
-  number = lambda n: int(n.removeprefix('block_'))
-  names = sorted((n for n in params if re.fullmatch(r'block_\d+', n)),
-                 key=number)
-  if not names:
-    raise ValueError(
-        f"no 'block_0' to stack; the tree has {sorted(params)}")
-  rest = {n: t for n, t in params.items() if n not in names}
-  stacked = jax.tree.map(lambda *a: jnp.stack(a), *(params[n] for n in names))
-  return {**rest, 'blocks': stacked}
-
-
-def unstack_blocks(params):
-  """Inverse of `stack_blocks`."""
-  if 'blocks' not in params:
-    raise ValueError(
-        f"no 'blocks' to unstack; the tree has {sorted(params)}")
-  rest = {n: t for n, t in params.items() if n != 'blocks'}
-  depth = jax.tree.leaves(params['blocks'])[0].shape[0]
-  take = lambda i: jax.tree.map(lambda a: a[i], params['blocks'])
-  return {**rest, **{f'block_{i}': take(i) for i in range(depth)}}
 
 
 def _resolve(path_or_name):
@@ -182,7 +156,7 @@ def _expected(model, config):
   """{name: shape} of the model's parameters, nothing computed."""
   x = jax.ShapeDtypeStruct(config['input'], config.get('dtype', 'float32'))
   params = jax.eval_shape(model.init, jax.random.key(0), x)['params']
-  return {name: a.shape for name, a in _flat(params).items()}
+  return {name: a.shape for name, a in trees.flatten(params).items()}
 
 
 def _new_head(shapes, key):
@@ -215,11 +189,3 @@ def _is_head(name):
 def _nearest(name, known):
   known = sorted(known)
   return ', '.join(difflib.get_close_matches(name, known, 3, 0.3) or known[:8])
-
-
-def _flat(params: Mapping):
-  return flax.traverse_util.flatten_dict(params, sep='/')
-
-
-def _nest(tensors):
-  return flax.traverse_util.unflatten_dict(tensors, sep='/')
