@@ -1,7 +1,8 @@
 """Vision transformer with hook methods.
 
 Pre-norm blocks, no class token: the head reads the mean over tokens. Positions
-are learned, from sines and cosines as their start. Letters: B batch, T tokens, d width, H heads.
+are learned, from sines and cosines as their start. Letters: B batch, T tokens,
+d width, H heads.
 
 Four ordinary methods are places where a fine-tuning method can step in,
 because `nn.intercept_methods` sees every method of every module:

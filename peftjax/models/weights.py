@@ -64,7 +64,8 @@ def load_weights(path_or_name, classes=None, key=None, scan=False):
   if fresh:
     tensors |= _new_head(shapes, key)
   _check(tensors, shapes, path)
-  params = trees.unflatten({n: jnp.asarray(a, jnp.float32) for n, a in tensors.items()})
+  params = trees.unflatten(
+      {n: jnp.asarray(a, jnp.float32) for n, a in tensors.items()})
   if not scan:
     return model_class(**args), params
   return model_class(**args, scan=True), trees.stack(params)
