@@ -1,0 +1,152 @@
+"""Training configs: what a run can be told, checked before any work.
+
+A config is a python file with `get_config(arg=None)` that returns an
+`ml_collections.ConfigDict` with exactly the keys of `defaults`.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+
+import ml_collections
+from ml_collections import config_dict
+
+from peftjax import trees
+from peftjax.method import nearest
+
+DTYPES = ('float32', 'bfloat16')
+SCHEDULES = ('cosine', 'linear', 'constant')
+SPLITS = ('test', 'validation', 'train')
+
+# Keys that change what is written, not what is trained: a run may be continued
+# with other values.
+COSMETIC = ('log_every', 'eval_every', 'checkpoint_every', 'keep')
+
+# Keys below which anything may stand; checked where it is used.
+_FREE = ('method', 'shard_rules', 'optim.groups')
+
+
+def defaults():
+  """A config with every key; `method` is left to be given."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.steps = 150
+  c.batch = 32
+  c.eval_batch = 200
+  c.eval_split = 'test'
+  c.dtype = 'float32'  # of the computation; parameters stay float32
+  # name: module of peftjax.models; weights: name or path for load_weights.
+  c.model = dict(name='vit', weights='vit_s', scan=False, remat=False)
+  # The first `train` and `test` images of the splits; 0: all.
+  c.data = dict(name='kmnist', train=800, test=0)
+  # ({'name': 'lowrank.lora', 'rank': 8}, ...), innermost first.
+  c.method = ()
+  c.loss = dict(label_smoothing=0.0)
+  number = lambda: config_dict.placeholder(float)
+  c.optim = dict(
+      lr=1e-3, weight_decay=0.0, clip=1.0, schedule='cosine', warmup=0.1,
+      b1=0.9, b2=0.999, eps=1e-8, ema=0.0,
+      # What a group has of its own; None: as the built-in groups of optim.py.
+      groups={g: dict(lr=number(), lr_abs=number(), weight_decay=number(),
+                      clip=number())
+              for g in ('head', 'gate', 'fast', 'no_decay')})
+  c.mesh = dict(data=-1, model=1)  # -1: the rest of the devices
+  c.shard_rules = ()  # ((regex on a param's path, axes of its dims), ...)
+  c.log_every = 10
+  c.eval_every = 0  # 0: only before and after
+  c.checkpoint_every = 50  # 0: only at the end
+  c.keep = 2  # checkpoints
+  return c
+
+
+def to_json(config):
+  """The config as JSON values: tuples are lists, unset placeholders None."""
+  return json.loads(json.dumps(
+      config.to_dict(), default=lambda v: v.to_dict()))
+
+
+def check(config):
+  """Raises a ValueError for keys and values that no run can use."""
+  if not hasattr(config, 'to_dict'):
+    raise ValueError(f'expected a ConfigDict, got {config!r}; get_config must '
+                     'return one')
+  have, want = config.to_dict(), defaults().to_dict()
+  _check_keys(have, want, '')
+  if not isinstance(config.method, (tuple, list)) or not config.method:
+    raise ValueError(f'method={config.method!r}: expected a tuple of mappings '
+                     "such as (dict(name='lowrank.lora', rank=8),)")
+  for m in config.method:
+    if not hasattr(m, 'items') or 'name' not in m:
+      raise ValueError(f'method entry {m!r}: expected a mapping with a name '
+                       "such as dict(name='lowrank.lora', rank=8)")
+  for key, choices in (('dtype', DTYPES), ('eval_split', SPLITS),
+                       ('optim.schedule', SCHEDULES)):
+    value = _get(have, key)
+    if value not in choices:
+      raise ValueError(f'{key}={value!r}{nearest(value, choices)}')
+  for key, least in (('steps', 0), ('seed', 0), ('batch', 1), ('eval_batch', 1),
+                     ('data.train', 0), ('data.test', 0), ('log_every', 1),
+                     ('eval_every', 0), ('checkpoint_every', 0), ('keep', 1)):
+    if _get(have, key) < least:
+      raise ValueError(f'{key}={_get(have, key)}: expected at least {least}')
+  for key in ('optim.ema', 'optim.b1', 'optim.b2', 'optim.warmup',
+              'loss.label_smoothing'):
+    if not 0 <= _get(have, key) < 1:
+      raise ValueError(f'{key}={_get(have, key)}: expected a number in [0, 1)')
+  for key in ('optim.lr', 'optim.weight_decay', 'optim.clip', 'optim.eps'):
+    if not 0 <= _get(have, key) < math.inf:
+      raise ValueError(f'{key}={_get(have, key)}: expected a finite number, at '
+                       'least 0')
+
+
+def _get(tree, key):
+  for part in key.split('.'):
+    tree = tree[part]
+  return tree
+
+
+def _check_keys(have, want, at):
+  """Same keys and kinds of values as the defaults, level by level."""
+  for key in have:
+    if key not in want:
+      raise ValueError(f'config has an unknown key {at + str(key)!r}'
+                       f'{nearest(key, want)}')
+  for key, example in want.items():
+    name = at + key
+    if key not in have:
+      raise ValueError(f'config lacks the key {name!r}; its default is '
+                       f'{example!r}; start from peftjax.config.defaults()')
+    value = have[key]
+    if name in _FREE:
+      continue
+    if isinstance(example, Mapping):
+      if not isinstance(value, Mapping):
+        raise ValueError(f'{name}={value!r}: expected the keys '
+                         f'{sorted(example)}')
+      _check_keys(value, example, f'{name}.')
+    elif not _fits(value, example):
+      raise ValueError(f'{name}={value!r}: expected a '
+                       f'{type(example).__name__} such as {example!r}')
+
+
+def _fits(value, example):
+  if isinstance(value, bool) or isinstance(example, bool):
+    return isinstance(value, bool) and isinstance(example, bool)
+  if isinstance(example, float):
+    return isinstance(value, (int, float))
+  return isinstance(value, type(example))
+
+
+def differences(saved, config):
+  """['optim.lr: 0.001 in the checkpoint, 0.003 now', ...] of two JSON configs.
+
+  Keys in `COSMETIC` are passed over.
+  """
+  flat = [{k.replace('/', '.'): v for k, v in trees.flatten(c).items()
+           if k not in COSMETIC} for c in (saved, config)]
+  out = []
+  for key in sorted(set(flat[0]) | set(flat[1])):
+    a, b = (f.get(key, 'not set') for f in flat)
+    if a != b:
+      out.append(f'{key}: {a!r} in the checkpoint, {b!r} now')
+  return out
