@@ -1,0 +1,224 @@
+"""One training step: its state, its loss, its update, and how it is compiled.
+
+The state is a dict of everything that a step changes, and so of everything that
+a checkpoint holds:
+
+  step      int32, steps done            trained, frozen   the parts of theta
+  bad       int32, the first step that   opt   optimiser state
+            was not finite, or -1        ema   average of trained, where it is on
+  rng       uint32, the run's key
+
+The base's params are an argument of their own: never differentiated, never
+donated, never returned.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from peftjax import diagnose
+from peftjax import optim
+from peftjax import sharding
+from peftjax import theta as theta_lib
+from peftjax.apply import apply
+
+
+class Task(NamedTuple):
+  """What stays the same in all steps of a run."""
+
+  config: Any
+  model: nn.Module
+  params: Any  # on the devices
+  sites: Any
+  mesh: Any
+  params_at: Any  # shardings of params
+  key: jax.Array  # PRNG key of the run
+
+
+# ----------------------------------------------------------------------- state
+def layout(task, stage, theta):
+  """Optimiser, shapes and shardings of the state of one stage.
+
+  Args:
+    task: The run.
+    stage: A `phases.Stage`.
+    theta: Its theta, or the shapes of it.
+
+  Returns:
+    (optax transformation, ShapeDtypeStructs, shardings), the last two like a
+    state.
+  """
+  config = task.config.optim
+  split = lambda tree: theta_lib.partition(stage.methods, tree)
+  trained, frozen = split(theta)
+  trained_at, frozen_at = split(sharding.theta_sharding(
+      task.mesh, task.sites, task.params_at, theta))
+  everywhere = sharding.replicated(task.mesh)
+  tx = optim.make(config, stage.methods, trained, stage.end - stage.start)
+  opt = jax.eval_shape(tx.init, trained)
+  one = jax.ShapeDtypeStruct((), jnp.int32)
+  shapes = dict(
+      step=one, bad=one, rng=jax.eval_shape(jax.random.key_data, task.key),
+      trained=trained, frozen=frozen, opt=opt)
+  at = dict(step=everywhere, bad=everywhere, rng=everywhere,
+            trained=trained_at, frozen=frozen_at,
+            opt=optim.state_sharding(tx, opt, trained_at, everywhere))
+  if config.ema:
+    shapes['ema'], at['ema'] = trained, trained_at
+  return tx, jax.eval_shape(lambda s: s, shapes), at
+
+
+def start(task, stage, theta, step):
+  """The state at the beginning of a stage, on the devices."""
+  tx, _, at = layout(task, stage, theta)
+
+  def make(theta, rng):
+    trained, frozen = theta_lib.partition(stage.methods, theta)
+    state = dict(step=jnp.int32(step), bad=jnp.int32(-1), rng=rng,
+                 trained=trained, frozen=frozen, opt=tx.init(trained))
+    if task.config.optim.ema:
+      state['ema'] = jax.tree.map(jnp.copy, trained)  # both are donated
+    return state
+
+  return jax.jit(make, out_shardings=at)(theta, jax.random.key_data(task.key))
+
+
+def theta_of(state):
+  """Theta as it is being trained."""
+  return theta_lib.combine(state['trained'], state['frozen'])
+
+
+def best(state):
+  """Theta to evaluate and to keep: the average, where there is one."""
+  return theta_lib.combine(state.get('ema', state['trained']), state['frozen'])
+
+
+# ------------------------------------------------------------------------ step
+def step_key(rng, step):
+  """Key of a step, a function of seed and step alone."""
+  return jax.random.fold_in(jax.random.wrap_key_data(rng), step)
+
+
+def make_loss(task, stage):
+  """`(trained, frozen, params, batch, rng, step) -> (loss, logits)`.
+
+  Cross-entropy in nats, mean over images [B], plus the methods' penalties.
+  """
+  smoothing = task.config.loss.label_smoothing
+
+  def loss_fn(trained, frozen, params, batch, rng, step):
+    theta = theta_lib.combine(trained, frozen)
+    logits, aux = apply(task.model, stage.methods, params, theta,
+                        batch['image'], train=True, rng=rng)
+    logits = logits.astype(jnp.float32)
+    target = optax.smooth_labels(
+        jax.nn.one_hot(batch['label'], logits.shape[-1]), smoothing)
+    loss = optax.softmax_cross_entropy(logits, target).mean()
+    return loss + theta_lib.penalty(stage.methods, theta, aux, step), logits
+
+  return loss_fn
+
+
+def update(stage, tx, state, grads):
+  """(trained, frozen, optimiser state) after gradients."""
+  updates, opt = tx.update(grads, state['opt'], state['trained'])
+  theta = theta_lib.after_step(stage.methods, theta_lib.combine(
+      optax.apply_updates(state['trained'], updates), state['frozen']))
+  return (*theta_lib.partition(stage.methods, theta), opt)
+
+
+def make_step(task, stage, tx):
+  """`(state, params, batch) -> (state, metrics)`.
+
+  A step whose loss or result is not finite changes nothing, nor does any after
+  it, until the host has noticed.
+  """
+  config = task.config.optim
+  loss_fn = make_loss(task, stage)
+  factor = optim.schedule(config, stage.end - stage.start)
+
+  def step_fn(state, params, batch):
+    step = state['step']
+    (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state['trained'], state['frozen'], params, batch,
+        step_key(state['rng'], step), step)
+    trained, frozen, opt = update(stage, tx, state, grads)
+    new = dict(state, trained=trained, frozen=frozen, opt=opt)
+    if config.ema:
+      new['ema'] = optax.incremental_update(
+          trained, state['ema'], 1 - config.ema)
+    finite = jnp.isfinite(loss) & jnp.all(jnp.array(
+        [jnp.isfinite(v).all() for v in jax.tree.leaves(trained)]))
+    bad = jnp.where((state['bad'] < 0) & ~finite, step, state['bad'])
+    new = jax.tree.map(lambda n, o: jnp.where(bad < 0, n, o), new, state)
+    new |= dict(step=step + 1, bad=bad)
+    return new, dict(
+        loss=loss, accuracy=(logits.argmax(-1) == batch['label']).mean(),
+        grad_norm=optax.global_norm(grads), bad=bad,
+        lr=config.lr * factor(step - stage.start))
+
+  return step_fn
+
+
+def compile_step(task, stage, state, image_shape):
+  """Compiles the step of a stage, once, ahead of time.
+
+  Args:
+    task: The run.
+    stage: A `phases.Stage`.
+    state: The state; it is donated when the step is called.
+    image_shape: Shape of one image.
+
+  Returns:
+    (compiled step, optimiser). A state or a batch of another shape is an error
+    when it is called: there is no second trace.
+  """
+  tx, _, at = layout(task, stage, theta_of(state))
+  b, place = task.config.batch, sharding.batch_sharding(task.mesh)
+  batch = dict(
+      image=jax.ShapeDtypeStruct((b, *image_shape), jnp.float32, sharding=place),
+      label=jax.ShapeDtypeStruct((b,), jnp.int32, sharding=place))
+  step = jax.jit(make_step(task, stage, tx), donate_argnums=0,
+                 out_shardings=(at, sharding.replicated(task.mesh)))
+  return step.lower(state, task.params, batch).compile(), tx
+
+
+def peak_bytes(compiled):
+  """Most bytes that a device needs at once for a compiled step; 0: unknown."""
+  m = compiled.memory_analysis()
+  if m is None:
+    return 0
+  return (m.argument_size_in_bytes + m.output_size_in_bytes
+          + m.temp_size_in_bytes - m.alias_size_in_bytes)
+
+
+def blame(task, stage, tx, state, step, batch):
+  """Words for where the first non-finite number of a failed step arises.
+
+  Args:
+    task: The run.
+    stage: The stage.
+    tx: Its optimiser.
+    state: As the failed step found it, which it left it as.
+    step: Number of the failed step.
+    batch: Its batch.
+  """
+  rng = step_key(state['rng'], step)
+  site = diagnose.nonfinite_site(
+      task.model, stage.methods, task.params, theta_of(state), task.sites,
+      batch['image'], rng=rng)
+  if site is not None:
+    return f'in the output of {site!r}'
+  loss_fn = make_loss(task, stage)
+  (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+      state['trained'], state['frozen'], task.params, batch, rng, step)
+  leaf = diagnose.nonfinite_leaf(grads)
+  if leaf:
+    return f'in the gradient of {leaf!r}'
+  if not jnp.isfinite(loss):
+    return 'in the loss, with finite outputs at every site'
+  return ('in the new value of '
+          f'{diagnose.nonfinite_leaf(update(stage, tx, state, grads)[0])!r}')
