@@ -157,7 +157,7 @@ def make_step(task, stage, tx):
     new |= dict(step=step + 1, bad=bad)
     return new, dict(
         loss=loss, accuracy=(logits.argmax(-1) == batch['label']).mean(),
-        grad_norm=optax.global_norm(grads), bad=bad,
+        grad_norm=optax.tree.norm(grads), bad=bad,
         lr=config.lr * factor(step - stage.start))
 
   return step_fn
