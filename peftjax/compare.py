@@ -69,7 +69,11 @@ def run_cell(config, workdir, label):
   if os.path.exists(failed):
     os.remove(failed)
   try:
-    return train(config, path, progress=False)
+    summary = train(config, path, progress=False)
+    if 'stopped_at' in summary:  # SIGTERM: the cell is saved, the grid ends
+      raise SystemExit(f'stopped at step {summary["stopped_at"]} of {label}; '
+                       'the same command goes on from there')
+    return summary
   except Exception:  # pylint: disable=broad-except: the other cells go on
     os.makedirs(path, exist_ok=True)
     with open(failed, 'w') as f:

@@ -13,19 +13,17 @@ import ml_collections
 
 from experiments import common
 
-HEAD = dict(name='selective.full', sites=dict(roles='head'), group='head')
-
 # (arm, method, centre of the learning-rate search)
 ARMS = (
-    ('head', (HEAD,), 1e-2),
-    ('lora', (dict(name='lowrank.lora', rank=8), HEAD), 3e-3),
-    ('oft', (dict(name='orthogonal.oft', block_size=16), HEAD), 3e-3),
-    ('coft', (dict(name='orthogonal.coft', block_size=16), HEAD), 3e-3),
-    ('boft', (dict(name='orthogonal.boft', block_size=8, factors=2), HEAD),
-     3e-3),
-    ('ssf', (dict(name='scaling.ssf'), HEAD), 3e-3),
-    ('bitfit', (dict(name='selective.bitfit'), HEAD), 3e-3),
-    ('diff_pruning', (dict(name='sparse.diff_pruning'), HEAD), 1e-3),
+    ('head', (common.HEAD,), 1e-2),
+    ('lora', (dict(name='lowrank.lora', rank=8), common.HEAD), 3e-3),
+    ('oft', (dict(name='orthogonal.oft', block_size=16), common.HEAD), 3e-3),
+    ('coft', (dict(name='orthogonal.coft', block_size=16), common.HEAD), 3e-3),
+    ('boft', (dict(name='orthogonal.boft', block_size=8, factors=2),
+              common.HEAD), 3e-3),
+    ('ssf', (dict(name='scaling.ssf'), common.HEAD), 3e-3),
+    ('bitfit', (dict(name='selective.bitfit'), common.HEAD), 3e-3),
+    ('diff_pruning', (dict(name='sparse.diff_pruning'), common.HEAD), 1e-3),
     ('full', (dict(name='selective.full'),), 3e-4),
 )
 
@@ -34,7 +32,7 @@ def get_config(arg=None):
   """The grid; `arg` as in `common.parse_arg`."""
   small = common.parse_arg(arg).get('runlocal', False)
   grid = ml_collections.ConfigDict()
-  grid.base = common.kmnist(method=(HEAD,), lr=1e-3, arg=arg)
+  grid.base = common.kmnist(method=(common.HEAD,), lr=1e-3, arg=arg)
   grid.arms = tuple((name, {'method': method, 'optim.lr': lr})
                     for name, method, lr in ARMS)
   grid.tasks = (('kmnist', {}),)

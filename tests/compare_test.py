@@ -1,0 +1,123 @@
+"""Grids: resumable, failures reported, intervals right."""
+
+import json
+import os
+
+import ml_collections
+import numpy as np
+import pytest
+
+from experiments.claims import decide
+from peftjax import compare
+from peftjax import config as config_lib
+from peftjax import report
+
+HEAD = dict(name='selective.full', sites=dict(roles='head'))
+
+
+def _grid(weights, arms, search=None):
+  base = config_lib.defaults()
+  base.steps, base.batch, base.eval_batch = 4, 8, 16
+  base.model.weights = weights
+  base.data.train, base.data.test = 32, 32
+  base.checkpoint_every = 0
+  grid = ml_collections.ConfigDict()
+  grid.base, grid.arms, grid.search = base, arms, search
+  grid.tasks, grid.seeds = (('kmnist', {}),), (0,)
+  return grid
+
+
+ARMS = (('head', {'method': (HEAD,)}),
+        ('bias', {'method': (dict(name='selective.bitfit'), HEAD)}))
+
+
+def test_grid_resumes_reports_and_draws(tiny_weights, tmp_path, monkeypatch):
+  broken = ('broken', {'method': (dict(name='lowrank.lora', rank=999), HEAD)})
+  grid = _grid(tiny_weights, (*ARMS, broken),
+               dict(rates=(1.0, 3.0), fraction=0.5, seed=0))
+  rows, failures = compare.run(grid, str(tmp_path), say=lambda *_: None)
+  assert [r['arm'] for r in rows] == ['head', 'bias']
+  assert failures == ['kmnist-broken-search']
+  cells = os.listdir(tmp_path / 'cells')
+  errors = [c for c in cells if 'broken' in c]
+  assert '999' in (tmp_path / 'cells' / errors[0] / 'error.txt').read_text()
+  for row in rows:
+    assert len(row['search']) == 2
+    best = max(row['search'], key=row['search'].get)
+    assert row['search'][f'{row["lr"]:.3g}'] == row['search'][best]
+
+  # What has finished is not run again; a new arm alone is.
+  ran = []
+  real = compare.train
+  monkeypatch.setattr(
+      compare, 'train',
+      lambda config, path, **k: ran.append(path) or real(config, path, **k))
+  more = ('lora', {'method': (dict(name='lowrank.lora', rank=1), HEAD)})
+  grid = _grid(tiny_weights, (*ARMS, more))
+  again, failures = compare.run(grid, str(tmp_path), say=lambda *_: None)
+  assert not failures and len(again) == 3
+  assert not [p for p in ran if 'lr' in os.path.basename(p)]
+  seen = {os.path.basename(p).split('-')[1] for p in ran}
+  assert 'lora' in seen
+
+  paths = report.write(again, str(tmp_path / 'out'))
+  assert json.loads(open(paths[0]).read())[0]['arm'] == 'head'
+  lines = open(paths[1]).read().splitlines()
+  assert len(lines) == 4 and lines[0].startswith('arm,task,seed')
+  with open(paths[3], 'rb') as f:
+    assert f.read(8) == b'\x89PNG\r\n\x1a\n'
+
+
+def test_unknown_key_of_an_arm_is_refused(tiny_weights, tmp_path):
+  grid = _grid(tiny_weights, (('x', {'optim.rate': 1.0}),))
+  with pytest.raises(ValueError, match='optim.rate'):
+    compare.run(grid, str(tmp_path))
+
+
+def _rows(**arms):
+  return [dict(arm=a, task='t', seed=s, accuracy=v, trained=len(a))
+          for a, values in arms.items() for s, v in enumerate(values)]
+
+
+def test_interval_is_the_t_interval():
+  mean, width = report.interval([1.0, 2.0, 4.0])
+  # 4.302653 is the 97.5 % point of t with 2 degrees of freedom.
+  assert mean == pytest.approx(7 / 3)
+  assert width == pytest.approx(
+      4.302653 * np.std([1, 2, 4], ddof=1) / np.sqrt(3), rel=1e-6)
+  assert np.isnan(report.interval([1.0])[1])
+
+
+def test_pairs_are_matched_by_seed_and_tasks_averaged_first():
+  rows = _rows(a=[0.5, 0.7, 0.9], b=[0.4, 0.6, 0.8])
+  mean, low, high, n = report.paired(rows, 'a', 'b')
+  assert (mean, n) == (pytest.approx(0.1), 3)
+  assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+  with pytest.raises(ValueError, match="no rows of arm 'c'"):
+    report.paired(rows, 'a', 'c')
+  with pytest.raises(ValueError, match='seed 2'):
+    report.paired(rows[:-1], 'a', 'b')
+
+
+@pytest.mark.parametrize('other, rule, margin, verdict', [
+    ([0.50, 0.51, 0.52], 'SUP', 0, 'shown'),
+    ([0.70, 0.71, 0.72], 'SUP', 0, 'contradicted'),
+    ([0.50, 0.60, 0.70], 'SUP', 0, 'not shown'),
+    ([0.605, 0.615, 0.625], 'NI', 1.0, 'shown'),
+    ([0.62, 0.63, 0.64], 'NI', 1.0, 'contradicted')])
+def test_decision_rules(other, rule, margin, verdict):
+  rows = _rows(a=[0.60, 0.61, 0.62], b=other)
+  part = decide.Part(rule, 'a', 'b', margin)
+  assert decide.decide_part(part, rows)[0] == verdict
+
+
+def test_claim_needs_every_part():
+  rows = _rows(a=[0.60, 0.61, 0.62], bb=[0.50, 0.51, 0.52],
+               ccc=[0.5, 0.6, 0.7])
+  better = decide.Part('SUP', 'a', 'bb')
+  fewer, more = decide.Part('FEWER', 'a', 'bb'), decide.Part('FEWER', 'bb', 'a')
+  open_ = decide.Part('SUP', 'a', 'ccc')
+  verdict = lambda *parts: decide.decide(decide.Claim('', '', parts), rows)[0]
+  assert verdict(better, fewer) == 'shown'
+  assert verdict(better, open_) == 'not shown'
+  assert verdict(better, more, open_) == 'contradicted'
