@@ -284,7 +284,8 @@ def butterfly_rotate(x, rs):
 def check_butterfly(d, block_size, factors):
   """Raises ValueError unless m butterfly factors of blocks b fit width d.
 
-  The condition is d % (b 2^{m-1}) == 0 and, for m > 1, b and d / b even.
+  The condition is d % (b 2^{m-1}) == 0 and, for m > 1, b even; d / b then is
+  even too.
   """
   for name, value in (('block_size', block_size), ('factors', factors)):
     if value < 1:
@@ -298,7 +299,7 @@ def check_butterfly(d, block_size, factors):
   choices = [f'block_size={b} with factors={factors}' for b in near]
   choices += [f'factors={m} with block_size={block_size}'
               for m in range(1, factors) if _fits(d, block_size, m)][-1:]
-  even = ' and block_size and width / block_size even' if factors > 1 else ''
+  even = ' and block_size even' if factors > 1 else ''
   raise ValueError(
       f'block_size={block_size} with factors={factors} does not fit width {d}: '
       f'expected width % (block_size * 2**(factors - 1)) == 0{even}; the '
@@ -306,8 +307,7 @@ def check_butterfly(d, block_size, factors):
 
 
 def _fits(d, b, m):
-  even = b % 2 == 0 and (d // b) % 2 == 0
-  return d % (b * 2**(m - 1)) == 0 and (m == 1 or even)
+  return d % (b * 2**(m - 1)) == 0 and (m == 1 or b % 2 == 0)
 
 
 def drop_blocks(key, r, rate):
