@@ -298,7 +298,8 @@ def check_butterfly(d, block_size, factors):
   near += [b for b in sizes if b > block_size][:1]
   choices = [f'block_size={b} with factors={factors}' for b in near]
   choices += [f'factors={m} with block_size={block_size}'
-              for m in range(1, factors) if _fits(d, block_size, m)][-1:]
+              for m in range(1, min(factors, d.bit_length() + 1))
+              if _fits(d, block_size, m)][-1:]
   even = ' and block_size even' if factors > 1 else ''
   raise ValueError(
       f'block_size={block_size} with factors={factors} does not fit width {d}: '
@@ -307,6 +308,8 @@ def check_butterfly(d, block_size, factors):
 
 
 def _fits(d, b, m):
+  if m > d.bit_length():  # 2^{m-1} > d, and may be too large to write down
+    return False
   return d % (b * 2**(m - 1)) == 0 and (m == 1 or b % 2 == 0)
 
 
