@@ -1,0 +1,172 @@
+"""What each method can do, measured: the table of `python -m peftjax.methods`.
+
+Numbers of parameters are those of default hyper-parameters on a model of the
+shape of `vit_s`, described abstractly. The rest is probed by running the method,
+with the small hyper-parameters of its EXAMPLE, on the small model of the
+conformance suite. The formula of the count is the docstring's line 'Count:'.
+"""
+
+import functools
+import importlib
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import conformance
+from peftjax import folding
+from peftjax import method as method_lib
+from peftjax import sites as sites_lib
+from peftjax import theta as theta_lib
+from peftjax import trees
+from peftjax.conformance import checks
+from peftjax.models.vit import ViT
+
+COLUMNS = ('method', 'family', 'trained per layer', 'on `vit_s`', 'share',
+           'folds', 'exact at init', 'calibration', 'int8 base')
+
+
+class Capability(NamedTuple):
+  """One method's row.
+
+  Attributes:
+    method: 'lora'.
+    family: 'lowrank'.
+    formula: Trained numbers, from the docstring; '' where the line is missing.
+    trained: Trained numbers on a model like vit_s.
+    share: The same as a share of the model's parameters.
+    folds: Whether it can be written as plain parameters.
+    exact: Whether the adapted model starts as the base, up to rounding.
+    calibration: 'no', 'optional' or 'needed': statistics of activations.
+    int8: Whether it works on an int8 base; None where it trains nothing.
+  """
+
+  method: str
+  family: str
+  formula: str
+  trained: int
+  share: float
+  folds: bool
+  exact: bool
+  calibration: str
+  int8: bool | None
+
+  def cells(self):
+    """The row as text, one entry of COLUMNS each."""
+    yes = {True: 'yes', False: 'no', None: '-'}
+    return (f'`{self.family}.{self.method}`', self.family, self.formula,
+            f'{self.trained:,}', f'{100 * self.share:.3g} %', yes[self.folds],
+            yes[self.exact], self.calibration, yes[self.int8])
+
+
+class _Spy:
+  """Statistics that note whether they were looked at."""
+
+  looked = False
+
+  def __getattr__(self, name):
+    type(self).looked = True
+    raise AttributeError(name)
+
+  def __getitem__(self, name):
+    type(self).looked = True
+    raise KeyError(name)
+
+
+def formula(name):
+  """What follows 'Count:' in a method's module docstring, as one line."""
+  doc = importlib.import_module(f'peftjax.methods.{name}').__doc__ or ''
+  found = re.search(r'^Count: (.+(?:\n(?!\s*$).+)*)', doc, re.M)
+  return ' '.join(found[1].split()) if found else ''
+
+
+@functools.cache
+def _vit_s():
+  """(sites, shapes of the parameters) of a model like vit_s."""
+  model, x = ViT(), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0), x)['params']
+  return sites_lib.describe(model, x), params
+
+
+def _trained(name):
+  sites, params = _vit_s()
+  method = method_lib.load(name)
+  theta = jax.eval_shape(
+      lambda p: theta_lib.init(method, jax.random.key(0), sites, p), params)
+  trained, _ = theta_lib.partition(method, theta)
+  return trees.count(trained), trees.count(params)
+
+
+def _calibration(run):
+  """Whether init reads statistics, and works without them."""
+  spy = type('Spy', (_Spy,), {})
+
+  def init(stats):
+    for site in sites_lib.matched(run.method, run.sites).values():
+      site = folding.site_for(run.method, site)
+      jax.eval_shape(
+          lambda key, p, s=site: run.method.init(key, s, p, stats),
+          jax.random.key(0), dict(site.params))
+
+  try:
+    init(spy())
+  except Exception:  # the spy is no statistics, and init may use it anyhow
+    if not spy.looked:
+      raise
+  if not spy.looked:
+    return 'no'
+  try:
+    init(None)
+  except (AttributeError, KeyError, TypeError, ValueError):
+    return 'needed'
+  return 'optional'
+
+
+def _holds(check, run):
+  """Whether a check passes; None where it does not apply."""
+  try:
+    check(run)
+  except conformance.Skip:
+    return None
+  except AssertionError:
+    return False
+  return True
+
+
+@functools.cache
+def measure(name):
+  """Probes one method under peftjax/methods: a `Capability`."""
+  run = conformance.subject(name).run('plain')
+  trained, total = _trained(name)
+  far = np.abs(run.value(None).out - run.base).max()
+  try:
+    int8 = not checks.on_int8(run)
+  except conformance.Skip:
+    int8 = None
+  family, _, short = name.partition('.')
+  return Capability(
+      short, family, formula(name), trained, trained / total,
+      bool(_holds(checks.layer_equals_fold, run)),
+      bool(far <= checks.EXACT * np.abs(run.base).max()), _calibration(run),
+      int8)
+
+
+def rows():
+  """{name: Capability} of all methods."""
+  return {name: measure(name) for name in method_lib.names()}
+
+
+def markdown(link=''):
+  """The table in Markdown.
+
+  Args:
+    link: Prefix of links to the methods' pages, such as 'docs/methods/'.
+  """
+  lines = [COLUMNS, ['---'] * len(COLUMNS)]
+  for row in rows().values():
+    name, *rest = row.cells()
+    page = f'{link}{row.family}_{row.method}.md'
+    lines.append([f'[{name}]({page})', *rest])
+  return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)

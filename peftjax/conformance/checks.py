@@ -1,0 +1,405 @@
+"""Checks: what must hold for every method.
+
+A check is a function of a `Run`, or in ONCE of a `Subject`. It raises
+AssertionError with figures where a method fails, and Skip with the reason where
+it does not apply.
+"""
+
+import functools
+import inspect
+import math
+import os
+import re
+import tempfile
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax import artifact
+from peftjax import folding
+from peftjax import method as method_lib
+from peftjax import sites as sites_lib
+from peftjax import theta as theta_lib
+from peftjax import trees
+from peftjax.apply import apply
+from peftjax.conformance import runs
+
+EXACT = 2e-6  # of the largest output: rounding, where exactness is claimed
+CLOSE = 1e-5  # of a leaf's largest entry: two routes to the same numbers
+DEAD = 1e-7  # of the largest gradient: rounding, where a gradient is zero
+BFLOAT16 = 0.05  # of the outputs' norm
+
+
+class Skip(Exception):
+  """A check does not apply; the message says why."""
+
+
+# ----------------------------------------------------------------- helpers
+def _leaves(*trees_):
+  """The trees as {path: array}; raises unless they have the same paths."""
+  flat = [{jax.tree_util.keystr(p): np.asarray(v)
+           for p, v in jax.tree_util.tree_flatten_with_path(tree)[0]}
+          for tree in trees_]
+  for other in flat[1:]:
+    assert set(other) == set(flat[0]), (
+        f'{sorted(set(other) ^ set(flat[0]))} on one side only')
+  return flat
+
+
+def _close(got, want, what, tolerance=CLOSE):
+  """Raises unless two trees agree, each leaf relative to its largest entry."""
+  got, want = _leaves(got, want)
+  for path, w in want.items():
+    far = np.abs(got[path].astype(float) - w).max(initial=0)
+    top = np.abs(w).max(initial=0)
+    assert far <= tolerance * top, (
+        f'{what}{path}: {far:.2g} apart, allowed are {tolerance:g} of {top:.2g}')
+
+
+def _same(got, want, what):
+  """Raises unless two trees are the same to the bit."""
+  got, want = _leaves(got, want)
+  for path, w in want.items():
+    g = got[path]
+    assert (g.dtype, g.shape) == (w.dtype, w.shape), (
+        f'{what}{path}: {g.dtype}{g.shape}, expected {w.dtype}{w.shape}')
+    assert g.tobytes() == w.tobytes(), (
+        f'{what}{path}: {np.count_nonzero(g != w)} of {w.size} entries differ')
+
+
+def _alive(grads, what):
+  """Raises unless every leaf, of every layer, has a gradient in one tree."""
+  flat = _leaves(*grads)
+  top = max((np.abs(v).max(initial=0) for f in flat for v in f.values()),
+            default=0)
+  for path in flat[0]:
+    size = np.max([np.abs(f[path]) for f in flat], axis=0)
+    assert size.max(initial=0) > DEAD * top, (
+        f'{what}{path}: no gradient ({size.max(initial=0):.2g}, where the '
+        f'largest of all is {top:.2g})')
+
+
+def _trains(run):
+  trained, _ = theta_lib.partition(run.method, run.start)
+  if not jax.tree.leaves(trained):
+    raise Skip('trains nothing')
+
+
+def _folds(run):
+  """Skips methods without a fold, which must say so."""
+  if run.method.fold or run.method.replaces:
+    return
+  try:
+    folding.fold(run.method, run.params, run.theta, run.sites)
+  except ValueError:
+    raise Skip('changes activations: refuses to fold') from None
+  raise AssertionError('has no fold, yet fold() does not refuse')
+
+
+def _raises(fn, words, what):
+  """Raises unless fn() raises a ValueError that holds all words."""
+  try:
+    fn()
+  except ValueError as e:
+    missing = [w for w in map(str, words) if w not in str(e)]
+    assert not missing, f'{what}: the error does not say {missing}: {e}'
+    return
+  except Exception as e:
+    raise AssertionError(
+        f'{what} raises {type(e).__name__}: {e}; expected a ValueError') from e
+  raise AssertionError(f'{what} is accepted')
+
+
+# ------------------------------------------------- values, in all four forms
+def identity_at_init(run):
+  """The adapted model starts as the base, or within what the card declares."""
+  base = np.asarray(run.base)
+  far = np.abs(run.value(None).out - base).max()
+  rounding, tolerance = EXACT * np.abs(base).max(), run.method.tolerance
+  assert np.isfinite(far), 'the output is not finite'
+  if math.isinf(tolerance):
+    assert far > rounding, (
+        'declares that it does not start as the base, but does: tolerance=0')
+  else:
+    assert far <= tolerance + rounding, (
+        f'{far:.3g} from the base, declared are {tolerance:g}')
+
+
+def layer_equals_fold(run):
+  """The layer view and the folded weights: same output, same gradients."""
+  _folds(run)
+  got = run.value('')
+  want, _ = run.fold(run.theta)
+  assert np.abs(want.out - run.base).max() > 0, 'the moved theta does nothing'
+  _close(got.out, want.out, 'output')
+  _close(got.grad, want.grad, 'gradient ')
+  _close(got.grad_x, want.grad_x, 'gradient of the input')
+
+
+def gradient_alive(run):
+  """Every trained leaf has a gradient within two steps."""
+  _trains(run)
+  _alive(run.trained.grads[:2], '')
+
+
+def rest_is_frozen(run):
+  """Training with decay and clipping moves nothing that is not trained."""
+  before = jax.tree.map(np.array, run.params)
+  trained, frozen = theta_lib.partition(run.method, run.trained.theta)
+  _same(frozen, run.trained.frozen, 'frozen theta ')
+  _same(run.params, before, 'base ')
+  for path, v in _leaves(trained)[0].items():
+    assert np.isfinite(v).all(), f'{path} is not finite after training'
+  if not (run.method.fold or run.method.replaces):
+    return
+  base = trees.flatten(before)
+  changed = lambda theta: {
+      p: np.asarray(v) != base[p]
+      for p, v in trees.flatten(run.fold(theta)[1]).items()}
+  may = changed(runs.noisy(run.method, run.start, 'support'))
+  did = changed(run.trained.theta)
+  mine = {f'{folding.views_lib.split_path(p)[0]}/{v.leaf}'
+          for p, s in sites_lib.matched(run.method, run.sites).items()
+          for v in s.leaves.values()}
+  for path, where in did.items():
+    assert path in mine or not where.any(), f'{path} is no site, but changed'
+    outside = where & ~may[path]
+    assert not outside.any(), (
+        f'{path}: {outside.sum()} entries outside the support changed')
+
+
+def count_as_declared(run):
+  """Trained numbers are what the method's count says, layer by layer."""
+  if run.method.count is None:
+    if run.subject.phase:
+      raise Skip('a later phase, whose size depends on what was trained')
+    raise AssertionError('has no count: give Method(count=lambda site: ...)')
+  trained, _ = theta_lib.partition(run.method, run.start)
+  for path, t in trained[run.method.name].items():
+    if path == method_lib.SHARED:
+      continue
+    site = run.sites[path]
+    want = run.method.count(site) * math.prod(site.stack)
+    assert trees.count(t) == want, (
+        f'{path} trains {trees.count(t)} numbers, count says {want}')
+
+
+def scanned_equals_unrolled(run):
+  """Stacked layers give what the same layers give one by one."""
+  one = run.subject.run(run.form.replace('scan_', '').replace('scan', 'plain'))
+  got, want = run.value(''), one.value('')
+  _close(got.out, want.out, 'output')
+  _close(runs.unstack(got.grad), want.grad, 'gradient ')
+  _close(got.grad_x, want.grad_x, 'gradient of the input')
+
+
+def rematerialised_equals_stored(run):
+  """Recomputing activations in the backward pass changes no number."""
+  form = 'scan' if run.scan else 'plain'
+  got, want = run.value(''), run.subject.run(form).value('')
+  _close(got.out, want.out, 'output')
+  _close(got.grad, want.grad, 'gradient ')
+  _close(got.grad_x, want.grad_x, 'gradient of the input')
+
+
+def traced_once(run):
+  """A second step, on what the first one returned, is not traced again."""
+  assert run.trained.traces == 1, f'{run.trained.traces} traces'
+
+
+def bfloat16(run):
+  """Computed in bfloat16: finite, close to float32, each layer's own dtype."""
+  model = run.model.clone(dtype=jnp.bfloat16)
+  want = _layer_dtypes(
+      lambda p: model.apply({'params': p}, run.x), run.params)
+  fn = lambda p, t: apply(model, run.method, p, t, run.x)[0]
+  for path, dtype in _layer_dtypes(fn, run.params, run.theta).items():
+    assert dtype == want[path], f'{path} gives {dtype}, the base {want[path]}'
+  got = np.asarray(runs.jit(fn)(run.params, run.theta), np.float32)
+  want = run.value('').out
+  assert np.isfinite(got).all(), 'the output is not finite'
+  far = np.linalg.norm(got - want) / np.linalg.norm(want)
+  assert far <= BFLOAT16, f'{far:.3g} from float32, allowed are {BFLOAT16}'
+
+
+def _layer_dtypes(fn, *args):
+  """{path: dtype} of what every layer with parameters puts out."""
+  found = {}
+
+  def record(f, args, kwargs, context):
+    y = f(*args, **kwargs)
+    if context.method_name == '__call__' and hasattr(y, 'dtype'):
+      found['/'.join(context.module.path) or 'the model'] = y.dtype
+    return y
+
+  with nn.intercept_methods(record):
+    jax.eval_shape(fn, *args)
+  return found
+
+
+def restored_to_the_bit(run):
+  """What is saved and loaded again is the same method and the same theta."""
+  with tempfile.TemporaryDirectory() as folder:
+    save = functools.partial(
+        artifact.save_adapter, os.path.join(folder, 'adapter'), run.method,
+        run.theta, run.sites, run.params)
+    if run.method.spec is None:
+      _raises(save, ['load'], 'saving a method that load did not make')
+      raise Skip('not under peftjax/methods: save_adapter refuses it')
+    save()
+    back = artifact.load_adapter(
+        os.path.join(folder, 'adapter'), run.sites, run.params)
+  _same(back.theta, run.theta, 'theta ')
+  made, = back.methods
+  for name in ('name', 'frozen', 'drops', 'replaces', 'on', 'tolerance'):
+    assert getattr(made, name) == getattr(run.method, name), name
+
+
+def vmap_equals_loop(run):
+  """Many thetas at once give what they give one by one."""
+  many = jax.tree.map(
+      lambda *v: jnp.stack(v), run.theta, run.subject.theta(run.scan, 'second'))
+  out = runs.jit(jax.vmap(
+      lambda p, t: apply(run.model, run.method, p, t, run.x)[0], (None, 0)))(
+          run.params, many)
+  _close(out[0], run.value('').out, 'first')
+  _close(out[1], run.value('second').out, 'second')
+
+
+def lowers_for_tpu(run):
+  """A training step lowers for TPU; no TPU is needed."""
+  text = run.trained.traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert 'module' in text
+
+
+def devices_agree(run):
+  """The batch split over all devices gives the gradients of one device."""
+  if run.devices == 1:
+    raise Skip('one device; on a CPU, set XLA_FLAGS='
+               '--xla_force_host_platform_device_count=8')
+  got, want = run.trained.moved, run.value('').grad
+  try:
+    _close(got, want, '')
+  except AssertionError:  # random while training: ask one device itself
+    _close(got, run.train(1).moved, '')
+
+
+def quantised_base(run):
+  """Works on an int8 base as well, or refuses clearly."""
+  refusal = on_int8(run)
+  if refusal:
+    raise Skip(f'refuses: {refusal}')
+
+
+def on_int8(run):
+  """'' where the method composes with an int8 base, else why it refuses."""
+  _trains(run)
+  int8, q = run.int8
+  for methods in ((int8, run.method), (run.method, int8)):
+    try:
+      jax.eval_shape(lambda p, m=methods: theta_lib.init(
+          m, jax.random.key(0), run.sites, p), run.params)
+      break
+    except ValueError as e:
+      refusal = str(e)
+  else:
+    return refusal
+  theta = {**q, **run.theta}
+  theta = {m.name: theta[m.name] for m in methods}
+  got = run.applied(methods)(theta)
+  _alive([got.grad], 'on int8: ')
+  assert np.abs(got.out - run.value('').out).max() > 0, 'int8 does nothing'
+  if run.method.fold or run.method.replaces:
+    want, _ = run.folded(methods)(theta)
+    _close(got.out, want.out, 'on int8, layer and fold: output')
+    _close(got.grad, want.grad, 'on int8, layer and fold: gradient ')
+  return ''
+
+
+# ------------------------------------------------------- once, not by form
+ALLOWS = {  # value -> how the docstring's entry of a keyword allows for it
+    0: r'\b0\b|zero|any', -1: r'negative|any|-1', 10**9: r'any|inf|at least'}
+
+
+def bad_hyperparameters(subject):
+  """Absurd numbers raise, or are documented and work."""
+  parameters = inspect.signature(subject.factory).parameters
+  doc = inspect.getdoc(subject.factory) or ''
+  for name, p in parameters.items():
+    if p.default is not None and type(p.default) not in (int, float):
+      continue
+    kind = float if isinstance(p.default, float) else int
+    entry = re.search(rf'^  {name}: (.*(?:\n    .*)*)', doc, re.M)
+    assert entry, f'the docstring has no entry for {name!r}'
+    values = [*ALLOWS, math.nan] if kind is float else ALLOWS
+    for value in values:
+      value = kind(value)
+      if value == p.default:
+        continue
+      what = f'{name}={value}'
+
+      def use(name=name, value=value, what=what):
+        for v in jax.tree.leaves(_one_layer(subject, {name: value})):
+          assert jnp.isfinite(v).all(), f'{what} gives numbers not finite'
+
+      try:
+        use()
+      except ValueError as e:
+        assert str(value) in str(e), f'{what}: the error does not say so: {e}'
+      except TypeError:
+        assert p.default is None, f'{what} raises TypeError, not ValueError'
+      else:
+        allowed = ALLOWS.get(value, '(?!)')
+        assert re.search(allowed, entry[1]), (
+            f'{what} is accepted, but its docstring entry does not allow for '
+            f'it: {entry[1]!r}')
+
+
+def _one_layer(subject, keywords):
+  """Theta and folded parameters of the first site, made op by op."""
+  sites, params, _ = subject.setting(False)
+  method = subject.make(**{**subject.example, **keywords})
+  found = sites_lib.matched(method, sites)
+  site = folding.site_for(method, next(iter(found.values())))
+  own, key = folding.own_leaves(site, trees.flatten(params)), jax.random.key(0)
+  p = {n: v.get(own[v.leaf]) for n, v in site.leaves.items()}
+  t = {**method.shared(key, found), **method.init(key, site, p, None)}
+  if not (method.fold or method.replaces):
+    return t
+  ctx = method_lib.Context(site.path, site)
+  return t, folding.fold_site(method, site.leaves, own, t, ctx)
+
+
+def unknown_hyperparameter(subject):
+  """A misspelt keyword raises and names the nearest."""
+  if subject.method.spec is None:
+    raise Skip('not under peftjax/methods: Python itself refuses')
+  known = list(inspect.signature(subject.factory).parameters)[0]
+  wrong = known[:-1] + 'x' + known[-1:]
+  _raises(lambda: subject.make(**{wrong: 1}), [repr(wrong), repr(known)],
+          f'{wrong}=1')
+
+
+def missing_target(subject):
+  """A selection that matches nothing raises and lists what there is."""
+  if 'sites' not in inspect.signature(subject.factory).parameters:
+    raise AssertionError('the factory has no keyword `sites`')
+  sites, params, _ = subject.setting(False)
+  for keywords, words in (
+      (dict(path='no_such_layer'), ['no_such_layer', next(iter(sites)) or '/']),
+      (dict(kind='Dens'), ['Dens', 'Dense']),
+      (dict(roles='gate'), ['gate'])):
+    method = subject.make(**{**subject.example,
+                             'sites': sites_lib.select(**keywords)})
+    _raises(lambda m=method: theta_lib.init(
+        m, jax.random.key(0), sites, params), words, f'sites={keywords}')
+
+
+ONCE = (bad_hyperparameters, unknown_hyperparameter, missing_target)
+CHECKS = (
+    count_as_declared, identity_at_init, layer_equals_fold, gradient_alive,
+    rest_is_frozen, scanned_equals_unrolled, rematerialised_equals_stored,
+    traced_once, bfloat16, restored_to_the_bit, vmap_equals_loop,
+    lowers_for_tpu, devices_agree, quantised_base)
