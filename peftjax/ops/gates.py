@@ -48,6 +48,16 @@ def hard_concrete(key, logits, low=-1.5, high=1.5):
   """
   logits = _checked(logits, low, high)
   u = jax.random.uniform(key, logits.shape, logits.dtype)
+  return hard_concrete_from(u, logits, low, high)
+
+
+def hard_concrete_from(u, logits, low=-1.5, high=1.5):
+  """The gates for given noise: u in [0, 1), logits [...] -> [...].
+
+  For many gates that share one draw, which compiles faster than many draws.
+  Same errors as `hard_concrete`.
+  """
+  logits = _checked(logits, low, high)
   u = jnp.clip(u, 1e-4, 1 - 1e-4)
   return _stretch(jnp.log(u) - jnp.log1p(-u) + logits, low, high)
 
