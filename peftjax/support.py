@@ -34,8 +34,11 @@ def flat_index(mask, stacked=0):
 
 
 def gather(w, index):
-  """Entries of one layer's array: w [...], index [k] -> [k]; 0 where padded."""
-  return w.reshape(-1).at[index].get(mode='fill', fill_value=0)
+  """Entries of w [*stack, ...] at index [*stack, k] -> [*stack, k]; 0 where
+  padded."""
+  flat = w.reshape(*index.shape[:-1], -1)
+  flat = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, 1)])
+  return jnp.take_along_axis(flat, index, -1)
 
 
 def scatter_add(w, index, values):
