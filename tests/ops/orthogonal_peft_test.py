@@ -1,5 +1,6 @@
 """Rotations against Hugging Face PEFT's, given the same vectors."""
 
+import jax
 import numpy as np
 from peftjax.ops import orthogonal
 import pytest
@@ -15,6 +16,15 @@ def triangles(n, b, scale):
   return (scale * rng.normal(size=(n, b * (b - 1) // 2))).astype(np.float32)
 
 
+def rotations(v, b, terms=None):
+  """Our blocks, exact or from a Neumann series."""
+  def blocks(v):
+    q = orthogonal.skew(v, b)
+    return (orthogonal.cayley_neumann(q, terms) if terms
+            else orthogonal.cayley(q))
+  return np.array(jax.jit(blocks)(v))
+
+
 def module(v, b, **kwargs):
   n, elements = v.shape
   out = oft_layer.OFTRotationModule(n, elements, b, n * b, **kwargs)
@@ -27,7 +37,7 @@ def test_cayley_blocks(b):
   v = triangles(3, b, 0.3)
   theirs = module(v, b)._cayley_batch(torch.from_numpy(-v), b, False)
   np.testing.assert_allclose(
-      orthogonal.cayley(orthogonal.skew(v, b)), theirs.numpy(), atol=1e-5)
+      rotations(v, b), theirs.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize('terms', range(1, 8))
@@ -35,8 +45,7 @@ def test_neumann_blocks(terms):
   v = triangles(3, 4, 0.3)
   theirs = module(v, 4)._cayley_batch(torch.from_numpy(v), 4, True, terms)
   np.testing.assert_allclose(
-      orthogonal.cayley_neumann(orthogonal.skew(v, 4), terms), theirs.numpy(),
-      atol=1e-6)
+      rotations(v, 4, terms), theirs.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize('shared', (False, True))
@@ -59,9 +68,8 @@ def test_linear_layer(neumann, shared):
   weight.data = torch.from_numpy(v if neumann else -v)
   with torch.no_grad():
     theirs = adapted(torch.from_numpy(x)).numpy()
-  q = orthogonal.skew(v, b)
-  r = orthogonal.cayley_neumann(q, 5) if neumann else orthogonal.cayley(q)
-  ours = orthogonal.block_rotate(x, r) @ kernel + bias
+  r = rotations(v, b, 5 if neumann else None)
+  ours = np.asarray(jax.jit(orthogonal.block_rotate)(x, r)) @ kernel + bias
   np.testing.assert_allclose(ours, theirs, atol=1e-5)
   assert np.abs(x @ kernel + bias - theirs).max() > 0.1
 
@@ -82,15 +90,16 @@ def test_butterfly_permutations(d, b, m):
   # products are rebuilt here from their own index function.
   n = d // b
   v = triangles(m * n, b, 0.5)
-  blocks = orthogonal.cayley(orthogonal.skew(v, b)).reshape(m, n, b, b)
+  blocks = rotations(v, b).reshape(m, n, b, b)
   product = torch.eye(d)
   for i in range(m):
     index = boft_layer.BOFTLayer.block_butterfly_perm(
         None, d, n // 2**i, b // 2, m - 1)
     p = boft_layer.BOFTLayer.perm2mat(None, index)
-    factor = torch.block_diag(*torch.from_numpy(np.array(blocks[i])))
+    factor = torch.block_diag(*torch.from_numpy(blocks[i]))
     product = p @ factor @ p.T @ product
-  ours = orthogonal.butterfly_rotate(np.eye(d, dtype=np.float32), blocks)
+  ours = jax.jit(orthogonal.butterfly_rotate)(
+      np.eye(d, dtype=np.float32), blocks)
   np.testing.assert_allclose(ours, product.numpy(), atol=1e-5)
 
 
@@ -113,5 +122,7 @@ def test_butterfly_linear_layer_with_one_factor():
   with torch.no_grad():
     theirs = adapted(torch.from_numpy(x)).numpy()
   q = -(a[0] - a[0].swapaxes(-1, -2)) / 2  # their sign is the other one
-  y = orthogonal.butterfly_rotate(x, orthogonal.cayley(q)[None]) @ kernel
+  y = jax.jit(lambda x, q: orthogonal.butterfly_rotate(
+      x, orthogonal.cayley(q)[None]))(x, q)
+  y = np.asarray(y) @ kernel
   np.testing.assert_allclose(y * s[:, 0] + bias, theirs, atol=1e-5)
