@@ -57,13 +57,15 @@ def nonfinite_site(model, methods, params, theta, sites, *args, rng=None):
       q != p and q.startswith(f'{p}/' if p else '') for q in bad)]
   if not inner:
     return None
-  if not any(bad[p].ndim for p in inner):
-    return inner[0]
-  # Of scanned layers, the first by number; of those, the first by order.
-  layer_of = lambda p: int(jnp.argmin(bad[p].reshape(-1))) if bad[p].ndim else -1
-  first = min(inner, key=layer_of)
-  number = layer_of(first)
-  return first if number < 0 else f'{first} (layer {number})'
+  first = inner[0]  # `describe` has them in the order of their calls
+  if not bad[first].ndim:
+    return first
+  # In a scanned stack the first is the one of the lowest layer.
+  number = lambda p: int(jnp.argmin(bad[p].reshape(-1)))
+  stack = [p for p in inner if bad[p].shape == bad[first].shape
+           and p.split('/')[0] == first.split('/')[0]]
+  first = min(stack, key=number)
+  return f'{first} (layer {number(first)})'
 
 
 def nonfinite_leaf(theta):

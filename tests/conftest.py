@@ -26,7 +26,7 @@ import pytest
 from peftjax.models.vit import ViT
 from peftjax.models.weights import save_weights
 
-TINY = dict(classes=10, width=16, depth=2, heads=2, mlp_dim=32, patch=4)
+TINY = dict(classes=10, width=16, depth=1, heads=2, mlp_dim=32, patch=4)
 
 
 @pytest.fixture(scope='session')
