@@ -102,6 +102,7 @@ class _Engine:
     tree = module.variables['params']
     grafts = tree[KEY]
     own = {n: v for n, v in tree.items() if hasattr(v, 'shape')}
+    args, kwargs = views_lib.positional(module, called, args, kwargs)
     layout, leaves = views_lib.look(module, own, args)
     path = '/'.join((*self.prefix, *module.path))
     steps = []
@@ -125,11 +126,8 @@ class _Engine:
       rng = module.make_rng('params')  # split over layers by every nn.scan
 
     def sow(key, value):
-      if not module.sow('aux', key, value):
-        raise ValueError(
-            f'{name} at {site.path!r} reports {key!r}, but the model does not '
-            "carry the collection 'aux' to this layer: give its nn.scan "
-            "variable_axes={'params': 0, 'aux': 0}")
+      _carries_aux(module, f'{name} at {site.path!r}', key)
+      module.sow('aux', key, value)
 
     return Context(
         site.path, site, params, rest, self.train, rng, self.batch, sow,
@@ -145,17 +143,18 @@ class _Engine:
 
     def call(x, *rest, **kwargs):
       dtype = _compute_dtype(module, x, own)
-      inner = lambda new: f(new, *rest, **kwargs)
+      inner = lambda new, *more: f(new, *(more or rest), **kwargs)
       if flat:
         dims_in, dims_out = leaves['kernel'].dims
         raw = x
         x = views_lib.flatten(x, layout.x_axes)
         start = x
 
-        def inner(new):
+        def inner(new, *more):
           back = raw if new is start else views_lib.unflatten(
               new, dims_in, layout.x_axes)
-          return views_lib.flatten(f(back, *rest, **kwargs), layout.y_axes)
+          y = f(back, *(more or rest), **kwargs)
+          return views_lib.flatten(y, layout.y_axes)
 
       y = None
       for columns, t in parts.items():
@@ -200,15 +199,20 @@ class _Engine:
       raise ValueError(
           f'{path} ({type(module).__name__}) keeps state in {state}; '
           f'{steps[-1][0]} has no layer view for it')
-    children = {n: v for n, v in module.variables['params'].items()
-                if n not in own and n != KEY}
+    params = module.variables['params']
+    children = {n: v for n, v in params.items() if n not in own and n != KEY}
+    hooks = {n: v for n, v in params[KEY].items()
+             if self.named[n].on not in ('__call__', method)}
+    if hooks:  # of other methods of this module, called inside
+      children[KEY] = hooks
     rngs = {n: module.make_rng(n) for n in ('dropout', 'params')
             if module.has_rng(n)}
     bare = module.clone(parent=None, name=None)
 
-    def run(own, theta, x, rest):
+    def run(own, theta, first, rest):
+      turn = itertools.count()
       for (name, m, _, _), parts in zip(steps, theta):
-        for i, (columns, t) in enumerate(parts.items()):
+        for columns, t in parts.items():
           where, view = path, leaves
           if columns:
             span = tuple(map(int, columns.split(':')))
@@ -216,20 +220,35 @@ class _Engine:
             view = {n: v._replace(span=span) for n, v in leaves.items()
                     if n in ('kernel', 'bias')}
           key = rngs.get('params')
-          key = None if key is None else jax.random.fold_in(key, i)
+          key = None if key is None else jax.random.fold_in(key, next(turn))
           ctx = Context(where, train=self.train, rng=key, batch=self.batch)
           own = fold_site(m, view, own, {**self.shared[name], **t}, ctx)
       outer, self.prefix = self.prefix, tuple(path.split('/')) if path else ()
       try:
-        return bare.apply({'params': {**children, **own}}, x, *rest,
-                          method=method, rngs=rngs, **kwargs)
+        return bare.apply({'params': {**children, **own}}, *first, *rest,
+                          method=method, rngs=rngs, mutable=['aux'], **kwargs)
       finally:
         self.prefix = outer
 
-    theta = [parts for *_, parts in steps]
-    if not children:
-      run = jax.checkpoint(run)
-    return lambda x, *rest: run(own, theta, x, rest)
+    def call(*args):
+      # Further inputs are closed over: some are Python booleans.
+      one = lambda own, theta, first: run(own, theta, first, args[1:])
+      one = one if children else jax.checkpoint(one)
+      out, state = one(own, [parts for *_, parts in steps], args[:1])
+      for key, value in state.get('aux', {}).items():
+        _carries_aux(module, f'a method below {path!r}', key)
+        module.put_variable('aux', key, value)
+      return out
+
+    return call
+
+
+def _carries_aux(module, who, key):
+  if not module.is_mutable_collection('aux'):
+    raise ValueError(
+        f"{who} reports {key!r}, but the model does not carry the collection "
+        "'aux' to this layer: give its nn.scan variable_axes={'params': 0, "
+        "'aux': 0}")
 
 
 def _columns(alone, x, y, span):
@@ -258,13 +277,13 @@ def _compute_dtype(module, x, own):
 
 
 # ------------------------------------------------------------------ apply
-def _mode(model, train, kwargs):
+def _mode(model, train, args, kwargs):
   """Tells a Linen model the mode by the argument name it has for it."""
-  known = inspect.signature(type(model).__call__).parameters
-  if 'train' in known and 'train' not in kwargs:
-    return {**kwargs, 'train': train}
-  if 'deterministic' in known and 'deterministic' not in kwargs:
-    return {**kwargs, 'deterministic': not train}
+  signature = inspect.signature(type(model).__call__)
+  given = signature.bind_partial(model, *args, **kwargs).arguments
+  for name, value in (('train', train), ('deterministic', not train)):
+    if name in signature.parameters:
+      return kwargs if name in given else {**kwargs, name: value}
   return kwargs
 
 
@@ -308,7 +327,7 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
   with nn.intercept_methods(engine):
     out, state = model.apply(
         {**(variables or {}), 'params': graft(methods, params, theta)}, *args,
-        rngs=rngs, mutable=['aux'], **_mode(model, train, kwargs))
+        rngs=rngs, mutable=['aux'], **_mode(model, train, args, kwargs))
   for name, by_path in theta.items():
     for path in by_path:
       base, span = views_lib.split_path(path)

@@ -32,8 +32,17 @@ def site_for(method, site):
 def own_leaves(site, flat):
   """The stored leaves of one site, {stored name: array}, stack axes first."""
   base, _ = views_lib.split_path(site.path)
-  return {v.leaf: flat[f'{base}/{v.leaf}' if base else v.leaf]
-          for v in site.leaves.values()}
+  own = {}
+  for view in site.leaves.values():
+    key = f'{base}/{view.leaf}' if base else view.leaf
+    if key not in flat:
+      raise ValueError(f'params has no {key!r}{nearest(key, flat)}')
+    want = (*site.stack, *view.shape)
+    if tuple(jnp.shape(flat[key])) != want:
+      raise ValueError(f'params {key!r} has shape {jnp.shape(flat[key])}, '
+                       f'expected {want}')
+    own[view.leaf] = flat[key]
+  return own
 
 
 def over_stack(fn, stack):
@@ -118,4 +127,4 @@ def fold(methods, params, theta, sites, *, train=False, rng=None):
 
       new = over_stack(one, site.stack)(own_leaves(site, flat), t, keys)
       flat.update({f'{base}/{n}' if base else n: v for n, v in new.items()})
-  return trees.unflatten(flat)
+  return trees.refill(params, flat)

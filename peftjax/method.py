@@ -74,7 +74,8 @@ class Method(NamedTuple):
       stacked layers. `stats` is what calibration found for the site, or None.
     prepare: `(t, ctx) -> t`, from stored to used theta, once per step.
     fold: `(p, t) -> p'` or None.
-    layer: `(f, x, t, ctx) -> y` or None.
+    layer: `(f, x, t, ctx) -> y` or None. f(x) is called with the further inputs
+      of the call; f(x, *others) replaces them.
     on: The module method that `layer` wraps: '__call__', or a hook of our own
       backbones: 'attend', 'join', 'embed', 'readout'.
     shared: `(key, sites) -> {name: array}`, arrays that all sites see.

@@ -148,6 +148,7 @@ def describe(model, *args, roles=(), fused=FUSED, **kwargs):
           'without them, or pass params through flax.linen.meta.unbox and '
           'state shardings by rules (peftjax.sharding)')
     own = {n: v for n, v in tree.items() if hasattr(v, 'shape')}
+    args_, _ = views_lib.positional(module, '__call__', args_, kwargs_)
     layout, leaves = views_lib.look(module, own, args_)
     seen[path] = (kind, layout, leaves, views_lib.shapes(own),
                   views_lib.shapes(args_[0]) if args_ else None,

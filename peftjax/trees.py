@@ -10,14 +10,34 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _plain(tree):
-  return ({k: _plain(v) for k, v in tree.items()}
-          if isinstance(tree, Mapping) else tree)
+def _children(tree):
+  """(name, value) of what a mapping or a list holds; None for a leaf."""
+  if isinstance(tree, Mapping):
+    return tree.items()
+  return enumerate(tree) if isinstance(tree, list) else None
 
 
 def flatten(tree):
-  """Nested mapping -> {'a/b/c': leaf}."""
-  return traverse_util.flatten_dict(_plain(tree), sep='/')
+  """Nested mappings and lists -> {'a/b/0': leaf}."""
+  flat = {}
+  for name, value in _children(tree) or ():
+    if _children(value) is None:
+      flat[str(name)] = value
+    else:
+      flat.update({f'{name}/{p}': v for p, v in flatten(value).items()})
+  return flat
+
+
+def refill(tree, flat, path=''):
+  """A tree of the structure of `tree`, with the leaves that `flat` names.
+
+  Lists, and keys that are no strings, come back as they were.
+  """
+  if _children(tree) is None:
+    return flat[path]
+  new = {k: refill(v, flat, f'{path}/{k}' if path else str(k))
+         for k, v in _children(tree)}
+  return new if isinstance(tree, Mapping) else list(new.values())
 
 
 def unflatten(flat):
@@ -28,7 +48,11 @@ def unflatten(flat):
 def first_match(rules, path, default):
   """Value of the first (regex, value) whose regex is found in `path`."""
   for pattern, value in rules:
-    if re.search(pattern, path):
+    try:
+      found = re.search(pattern, path)
+    except re.error as e:
+      raise ValueError(f'{pattern!r} is not a regular expression: {e}') from e
+    if found:
       return value
   return default
 
@@ -75,8 +99,7 @@ def nonfinite(tree):
 
   Leaves without values (tracers, shapes) are passed over.
   """
-  flat = flatten(tree) if isinstance(tree, Mapping) else {'': tree}
-  flat = {p: v for p, v in flat.items()
+  flat = {p: v for p, v in (flatten(tree) or {'': tree}).items()
           if isinstance(v, (np.ndarray, jax.Array))
           and not isinstance(v, jax.core.Tracer)
           and jnp.issubdtype(v.dtype, jnp.floating)}

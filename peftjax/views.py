@@ -12,6 +12,7 @@ match. A slice of a fused kernel is a view of some of its columns.
   Embed         embedding [vocabulary, d]            as it is, called 'kernel'
 """
 
+import inspect
 import math
 import re
 from typing import NamedTuple, Optional
@@ -106,6 +107,17 @@ def native_view(leaf, value):
 LINEAR = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose)
 
 
+def positional(module, called, args, kwargs):
+  """(args, kwargs) of a call, its first input among args if given by name."""
+  if args or not kwargs:
+    return args, kwargs
+  names = list(inspect.signature(getattr(type(module), called)).parameters)
+  if len(names) < 2 or names[1] not in kwargs:
+    return args, kwargs
+  kwargs = dict(kwargs)
+  return (kwargs.pop(names[1]),), kwargs
+
+
 def _shape(own, name, *dims):
   """The leaf, or its shape where a method has dropped it from the params."""
   return own.get(name, jax.ShapeDtypeStruct(dims, jnp.float32))
@@ -128,7 +140,9 @@ def _einsum(module, args):
     return None
   layout = Layout('flat', tuple(x.index(c) - len(x) for c in ins),
                   tuple(out.index(c) - len(out) for c in outs))
-  return layout, tuple(k.index(c) for c in ins + outs), len(ins)
+  stored = [c for c in out if c in outs]  # axes of the bias, as Flax keeps it
+  return (layout, tuple(k.index(c) for c in ins + outs), len(ins),
+          tuple(stored.index(c) for c in outs))
 
 
 def look(module, own, args):
@@ -157,8 +171,10 @@ def look(module, own, args):
     found = _einsum(module, args)
     if not found:
       return Layout('opaque'), views
-    layout, perm, n_in = found
+    layout, perm, n_in, order = found
     kernel = _shape(own, 'kernel', *module.shape)
+    if 'bias' in own:
+      views['bias'] = matrix_view('bias', own['bias'], order, 0)
     return layout, views | {
         'kernel': matrix_view('kernel', kernel, perm, n_in)}
   if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
@@ -180,7 +196,7 @@ def look(module, own, args):
       dims, perm = (c_in, module.features), (n - 2, *range(n - 2), n - 1)
     kernel = _shape(own, 'kernel', *sizes, *dims)
     grouped = getattr(module, 'feature_group_count', 1) != 1
-    plain = isinstance(module, nn.Conv) and not grouped
+    plain = isinstance(module, nn.Conv) and not grouped and module.mask is None
     return Layout('dot' if plain else 'opaque'), views | {
         'kernel': matrix_view('kernel', kernel, perm)}
   opaque = any(len(v.shape) > 1 for v in own.values())
