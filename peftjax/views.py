@@ -124,7 +124,7 @@ def _shape(own, name, *dims):
 
 
 def _einsum(module, args):
-  """Layout, axis order and input count of nn.Einsum's kernel.
+  """Layout, axis order and input count of nn.Einsum's kernel; its bias's order.
 
   None where an axis is shared by kernel, input and output: many products.
   """
@@ -140,6 +140,9 @@ def _einsum(module, args):
     return None
   layout = Layout('flat', tuple(x.index(c) - len(x) for c in ins),
                   tuple(out.index(c) - len(out) for c in outs))
+  # Rows of x and y match only where their other axes are the same, in order.
+  if [c for c in x if c not in ins] != [c for c in out if c not in outs]:
+    layout = Layout('opaque')
   stored = [c for c in out if c in outs]  # axes of the bias, as Flax keeps it
   return (layout, tuple(k.index(c) for c in ins + outs), len(ins),
           tuple(stored.index(c) for c in outs))
