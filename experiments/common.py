@@ -23,7 +23,7 @@ def base():
   return config_lib.defaults()
 
 
-def kmnist(method, lr, arg=None, steps=150, **more):
+def kmnist(method, lr, arg=None, steps=120, **more):
   """Kuzushiji-MNIST, 10 classes: 800 images to train, 2000 to test.
 
   Args:
