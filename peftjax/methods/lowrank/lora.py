@@ -113,6 +113,9 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
       if jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f'lora: dropout on the input of {ctx.path!r}, which '
                          'takes ids; leave the embedding out or set dropout=0')
+      if ctx.rng is None:
+        raise ValueError(f'lora: dropout={dropout} at {ctx.path!r} needs a key '
+                         'while training: apply(..., train=True, rng=key)')
       keep = jax.random.bernoulli(ctx.rng, 1 - dropout, x.shape)
       h = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
     return f(x) + t['scale'] * (ctx.dot(h, t['a']) @ t['b'])
