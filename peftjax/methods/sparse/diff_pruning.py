@@ -3,12 +3,12 @@
 Source: "Parameter-Efficient Transfer Learning with Diff Pruning" (Guo, Rush and
 Kim, ACL 2021, arXiv 2012.07463). For every leaf p of every chosen layer:
 
-  p' = p + z_g z * w           w, alpha like p; alpha_g a scalar; z_g, z in [0, 1]
+  p' = p + z_g z * w         w, alpha like p; alpha_g a scalar; z_g, z in [0, 1]
   penalty = l0 (sum sigmoid(alpha - log(-l / r)) + the same of every alpha_g)
 
 z and z_g are hard-concrete gates (`ops.gates`, l = -1.5, r = 1.5) with logits
 alpha ('alpha.<leaf>') and, where structured, alpha_g ('group.<leaf>': the group
-is one leaf), drawn anew for every entry and step while training. Init: w = 0 and
+is one leaf), drawn anew for every entry and step while training. Init: w = 0,
 all logits 5, so the adapted model starts as the base whatever is drawn.
 
 Two phases. Half of the steps train w and the gates together; the gates belong
@@ -54,7 +54,7 @@ def leaves_but_not_head(site):
   return bool(site.params) and site.role != 'head'
 
 
-def _budget(density, n):
+def budget(density, n):
   """Largest k with k / n <= density."""
   k = int(density * n)
   return k + 1 if (k + 1) / n <= density else k
@@ -69,7 +69,7 @@ def _check(density, found):
           f'only its children have; choose layers: select(leaf={leaves})')
   n = sum(math.prod(v.shape) * math.prod(s.stack)
           for s in found.values() for v in s.params.values())
-  if not _budget(density, n):
+  if not budget(density, n):
     raise ValueError(
         f'diff_pruning: density {density} of {n} parameters keeps none; the '
         f'smallest that keeps one is {1 / n:.3g}')
@@ -156,7 +156,7 @@ def diff_pruning(density=0.005, structured=True, l0=None,
     delta = _differences(theta, key)
     where = [(path, n) for path, t in delta.items() for n in t]
     sizes = [jnp.abs(delta[path][n]) for path, n in where]
-    k = _budget(density, sum(v.size for v in sizes))
+    k = budget(density, sum(v.size for v in sizes))
     out = {}
     for (path, n), mask in zip(where, gates.kth_threshold(sizes, k)):
       index = support.flat_index(mask, len(sites[path].stack))
@@ -170,21 +170,21 @@ def diff_pruning(density=0.005, structured=True, l0=None,
       'diff_pruning', sites, init, prepare, fold, penalty=penalty, count=count,
       labels=trees.Rules((r'^(alpha|group)\.', 'gate')),
       check=lambda found: _check(density, found),
-      phases=(Phase('fixed_mask', 0.5, _fixed(density, sites), project),))
+      phases=(Phase('fixed_mask', 0.5, fixed_mask(density, sites), project),))
 
 
-def _fixed(density, sites):
+def fixed_mask(density, sites):
   """The second phase: w on a support that stays.
 
-  Its theta comes from the first phase. Made on its own, it gets a random support
-  of the same density in every leaf and w = 0, a control for the chosen one.
+  Its theta comes from the first phase. Made on its own (`sparse.random_mask`)
+  it gets a random support of the same density in every leaf, and w = 0.
   """
 
   def init(key, site, p, stats):
     del site, stats
     t = {}
     for i, (n, v) in enumerate(sorted(p.items())):
-      k = _budget(density, v.size)
+      k = budget(density, v.size)
       if k:
         key_n = jax.random.fold_in(key, i)
         at = jax.random.choice(key_n, v.size, (k,), replace=False)
