@@ -19,7 +19,7 @@ from peftjax.models.weights import load_weights
 
 _WEIGHTS = flags.DEFINE_string('weights', 'vit_s', 'Name or path.')
 _SETS = flags.DEFINE_list('sets', ['kmnist', 'omniglot100'], 'Target sets.')
-_C = (0.001, 0.01, 0.1, 1.)  # Inverse regularisation strengths tried.
+_C = (0.0001, 0.001, 0.01, 0.1)  # Inverse regularisation strengths tried.
 
 
 def probe(features, splits):
@@ -30,7 +30,7 @@ def probe(features, splits):
     x[part] = scaler.transform(features(splits[part]['image']))
   fits = []
   for c in _C:
-    model = sklearn.linear_model.LogisticRegression(C=c, max_iter=1000)
+    model = sklearn.linear_model.LogisticRegression(C=c, max_iter=300)
     model.fit(x['train'], splits['train']['label'])
     fits.append((model.score(x['validation'], splits['validation']['label']),
                  model.score(x['test'], splits['test']['label']), c))
