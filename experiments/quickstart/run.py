@@ -11,6 +11,7 @@ shows the finished runs. Measured result and wall time: README.md.
 """
 
 import importlib
+import json
 import os
 import time
 
@@ -39,10 +40,24 @@ def run(workdir, arg=None):
   return summaries, fold_adapter(adapter, folded), adapter, folded
 
 
+def write(path, summaries, report, seconds):
+  """What README.md shows of a run, for `python -m experiments.tables`."""
+  keys = ('before', 'after', 'trained', 'steps_per_second', 'compile_seconds',
+          'peak_bytes', 'versions')
+  with open(path, 'w', encoding='utf-8') as f:
+    json.dump(dict(
+        arms={name: {k: s[k] for k in keys} for name, s in summaries.items()},
+        fold={k: report[k] for k in ('max_abs', 'max_ulp')},
+        seconds=round(seconds)), f, indent=1)
+    f.write('\n')
+
+
 def main(argv):
   del argv
   start = time.time()
   summaries, report, adapter, folded = run(_WORKDIR.value, _ARG.value)
+  write(os.path.join(_WORKDIR.value, 'main.json'), summaries, report,
+        time.time() - start)
   total = summaries['full fine-tuning']['trained']
   table = rich_table.Table(title='vit_s on Kuzushiji-MNIST, 2000 test images')
   for name in ('', 'accuracy before', 'accuracy after', 'trained parameters',
