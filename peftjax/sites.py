@@ -293,9 +293,8 @@ def select(roles=None, kind=None, path=None, leaf=None, exclude=None):
   Raises:
     ValueError: an unknown role or a broken regular expression.
   """
-  if isinstance(roles, str) and roles not in ROLES:
-    roles = tuple(roles)
-  roles = _tuple(roles)
+  letters = isinstance(roles, str) and all(r in ROLES for r in roles)
+  roles = tuple(roles) if letters else _tuple(roles)
   for r in roles:
     if r not in ROLES:
       raise ValueError(f'unknown role {r!r}{nearest(r, ROLES)}')
