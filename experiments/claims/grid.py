@@ -15,9 +15,9 @@ from experiments import common
 from experiments.quickstart import all_methods
 
 CONTROLS = (
-    ('lora_r4', (dict(name='lowrank.lora', rank=4), common.HEAD), 3e-3),
+    ('lora_r4', (dict(name='lowrank.lora', rank=4), common.HEAD), 1e-2),
     ('random_mask', (dict(name='sparse.random_mask', density=0.005),
-                     common.HEAD), 3e-3),
+                     common.HEAD), 1e-2),
 )
 
 
