@@ -329,10 +329,10 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
         {**(variables or {}), 'params': graft(methods, params, theta)}, *args,
         rngs=rngs, mutable=['aux'], **_mode(model, train, args, kwargs))
   for name, by_path in theta.items():
-    for path in by_path:
+    for path, t in by_path.items():
       base, span = views_lib.split_path(path)
       columns = f'{span[0]}:{span[1]}' if span else ''
-      if path != SHARED and not named[name].replaces and (
+      if t and path != SHARED and not named[name].replaces and (
           name, base, columns) not in engine.met:
         raise ValueError(
             f'{name}: theta for {path!r} was never used: the model did not '
