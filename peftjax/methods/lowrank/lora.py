@@ -8,9 +8,10 @@ LoRA" (arXiv 2312.03732).
   fold: K' = K + s A B                  s = alpha / r, or alpha / sqrt(r) (rsLoRA)
 
 Init: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0, so the adapted model starts as
-the base. Trains r (d_in + d_out) numbers a kernel. The gradient of A is exactly
-zero in the first step. The scale is data of the site: changing the rank of a
-trained theta does not change it.
+the base. The gradient of A is exactly zero in the first step. The scale is data
+of the site: changing the rank of a trained theta does not change it.
+
+Count: r (d_in + d_out) a kernel.
 
 An embedding table is a [vocabulary, d] kernel whose input is one-hot; its A
 starts at zero and its B ~ N(0, 1), as in Hugging Face PEFT. On a tied table the

@@ -10,6 +10,8 @@ Source: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (arXiv
 So ||Q||_F <= eps over the whole rotation, and since R is about I + 2 Q near 0,
 ||R - I||_F is at most about 2 eps, to be read against ||I||_F = sqrt(d_in).
 
+Count: d_in (B - 1) / 2 a kernel; B (B - 1) / 2 if shared.
+
 Where sources differ:
   The paper bounds ||R - I|| and enforces it through Q, as here.
   eps. Hugging Face PEFT has the eps_b above, and its default of 6e-5 hardly
@@ -42,7 +44,7 @@ def coft(eps=0.5, block_size=None, blocks=None, shared=False, cayley='exact',
     blocks: Number of blocks instead of their size.
     shared: Whether all blocks of a kernel are one and the same.
     cayley: 'exact' or 'neumann'.
-    terms: Terms of the Neumann series.
+    terms: Terms of the Neumann series, at least 1.
     block_dropout: Share of the blocks set to the identity while training.
     sites: Predicate on sites; by default every kernel but the head.
 

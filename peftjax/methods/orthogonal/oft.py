@@ -9,10 +9,11 @@ Made Scalable" (OFTv2, arXiv 2506.19847).
   R_i = (I + Q_i)(I - Q_i)^{-1}, Q_i [B, B] skew-symmetric
 
 Theta is q [n, B (B - 1) / 2], the strict upper triangles of Q_i in row-major
-order ([1, ...] if shared), so d_in (B - 1) / 2 numbers a kernel, B (B - 1) / 2
-if shared. Init q = 0: exactly the base model. Angles between the columns of K
-and their norms never change, since K'^T K' = K^T K. Neither R nor R K is formed
-in training, and no gradient of the shape of K.
+order ([1, ...] if shared). Init q = 0: exactly the base model. Angles between the
+columns of K and their norms never change, since K'^T K' = K^T K. Neither R nor
+R K is formed in training, and no gradient of the shape of K.
+
+Count: d_in (B - 1) / 2 a kernel; B (B - 1) / 2 if shared.
 
 Where sources differ:
   Sign. That of the paper. Hugging Face PEFT has it in its Neumann branch; its
@@ -55,7 +56,7 @@ def oft(block_size=None, blocks=None, shared=False, cayley='exact', terms=5,
     blocks: n, instead of block_size; B = d_in / n.
     shared: Whether all blocks of a kernel are one and the same.
     cayley: 'exact', or 'neumann' for a truncated series without a solve.
-    terms: T, terms of that series.
+    terms: T, terms of that series, at least 1.
     block_dropout: Share of the blocks set to the identity while training.
     sites: Predicate on sites; by default every kernel but the head.
 

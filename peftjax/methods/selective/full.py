@@ -9,9 +9,10 @@ with the norms alone, norm tuning. In a tuple it gives another method the new
 task's head: (lora(), full(sites=select(roles='head'), group='head')).
 
 Init: the base's own values in float32, so the adapted model starts as the base.
-Trains every number of the chosen sites' own leaves. Costs nothing at run time,
-and folding is a copy. Gradients are dense: on chosen kernels there is nothing
-of the savings that a small theta brings.
+Costs nothing at run time, and folding is a copy. Gradients are dense: on chosen
+kernels there is nothing of the savings that a small theta brings.
+
+Count: every number of the layer's own leaves.
 """
 
 import math
