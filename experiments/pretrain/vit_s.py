@@ -1,4 +1,31 @@
-"""vit_s: a small vision transformer for experiments that fit on a CPU."""
+"""vit_s: a small vision transformer for experiments that fit on a CPU.
+
+  python -m experiments.pretrain.train_vit \\
+      --config=experiments/pretrain/vit_s.py:1 --config.data_dir=DATA \\
+      --out=runs/stage1.safetensors
+  python -m experiments.pretrain.train_vit \\
+      --config=experiments/pretrain/vit_s.py:2 --config.data_dir=DATA \\
+      --init=runs/stage1.safetensors --out=runs/vit_s.safetensors
+  python -m experiments.pretrain.probe --weights=runs/vit_s.safetensors
+
+Hardware: 2 CPU cores, shared with other work. Wall time: stage 1 27 min, stage
+2 13 min, teacher features 7 min (0.45 s a step where the cores are free).
+
+Result, one seed:
+
+| accuracy in % | stage 1 | stage 2 |
+|---|---|---|
+| eurosat, source test | 65.4 | 67.6 |
+| fashion_mnist, source test | 73.4 | 75.0 |
+| mnist, source test | 95.9 | 96.1 |
+| pets5, source test | 51.0 | 51.0 |
+| kmnist, linear probe | 57.9 | 64.5 |
+| omniglot100, linear probe | 38.1 | 51.7 |
+
+Probes train on 800 images. On raw pixels they reach 65.8 (kmnist) and 32.8
+(omniglot100), on the untrained model 41.1 and 19.2. Stage 2 was added because
+stage 1 missed 60 on kmnist.
+"""
 
 import ml_collections
 
@@ -20,7 +47,8 @@ def get_config(stage='1'):
   c.size = 32
 
   c.batch_per_set = 16
-  c.steps = 1600
+  c.steps = 1600  # Of the schedule.
+  c.stop = 1600  # Where training ends.
   c.lr = 1e-3
   c.b2 = 0.98
   c.warmup = 150
