@@ -14,8 +14,8 @@ with m d_in (B - 1) / 2 numbers; a dense rotation has d_in (d_in - 1) / 2. The
 permutations are reshapes of activations; no [d_in, d_in] matrix is formed.
 
 Theta is q [m, n, B (B - 1) / 2], strict upper triangles in row-major order, and
-s. Init q = 0, s = 1: exactly the base model. m = 1 is OFT with an output scale. s
-takes no weight decay, which would pull it to 0 and not to 1.
+s. Init q = 0, s = 1: exactly the base model. m = 1 is OFT with an output scale.
+s takes no weight decay, which would pull it to 0 and not to 1.
 
 Count: m d_in (B - 1) / 2 + d_out a kernel.
 

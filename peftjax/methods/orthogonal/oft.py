@@ -9,9 +9,9 @@ Made Scalable" (OFTv2, arXiv 2506.19847).
   R_i = (I + Q_i)(I - Q_i)^{-1}, Q_i [B, B] skew-symmetric
 
 Theta is q [n, B (B - 1) / 2], the strict upper triangles of Q_i in row-major
-order ([1, ...] if shared). Init q = 0: exactly the base model. Angles between the
-columns of K and their norms never change, since K'^T K' = K^T K. Neither R nor
-R K is formed in training, and no gradient of the shape of K.
+order ([1, ...] if shared). Init q = 0: exactly the base model. Angles between
+the columns of K and their norms never change, since K'^T K' = K^T K. Neither R
+nor R K is formed in training, and no gradient of the shape of K.
 
 Count: d_in (B - 1) / 2 a kernel; B (B - 1) / 2 if shared.
 

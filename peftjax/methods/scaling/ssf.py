@@ -14,11 +14,11 @@ has nowhere to put t and is refused by `fold` (it still runs and trains).
 
 Init: 'normal' is the paper's, g ~ N(1, 0.02) and t ~ N(0, 0.02), which is not
 the base model at step 0; 'identity' (g = 1, t = 0) is. g and t take no weight
-decay, as in the paper's code, whose decay reaches only the new head; decay would
-pull g to 0.
+decay, as in the paper's code, whose decay reaches only the new head; decay
+would pull g to 0.
 
-Count: 2 d_out a site. In ViT-B/16 beside its head: 2 (11 * 12 + 2) 768 = 205,824;
-a fused qkv kernel gives one site a projection, together the 3 d of the paper.
+Count: 2 d_out a site. In ViT-B/16: 2 (11 * 12 + 2) 768 = 205,824 beside its
+head; a fused qkv kernel gives one site a projection, together the paper's 3 d.
 """
 
 import jax
