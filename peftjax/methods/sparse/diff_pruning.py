@@ -182,13 +182,13 @@ def fixed_mask(density, sites):
 
   def init(key, site, p, stats):
     del site, stats
-    t = {}
-    for i, (n, v) in enumerate(sorted(p.items())):
-      k = budget(density, v.size)
+    t, sizes = {}, [v.size for v in p.values()]
+    u = jax.random.uniform(key, (sum(sizes),))
+    for n, part in zip(p, jnp.split(u, np.cumsum(sizes)[:-1])):
+      k = budget(density, part.size)
       if k:
-        key_n = jax.random.fold_in(key, i)
-        at = jax.random.choice(key_n, v.size, (k,), replace=False)
-        t |= {f'index.{n}': jnp.sort(at).astype(jnp.int32),
+        index = jnp.sort(jax.lax.top_k(part, k)[1])
+        t |= {f'index.{n}': index.astype(jnp.int32),
               f'value.{n}': jnp.zeros(k)}
     return t
 

@@ -9,6 +9,7 @@ import pytest
 
 import peftjax as pj
 from peftjax import trees
+from peftjax.methods.sparse import diff_pruning
 from peftjax.phases import schedule
 
 DEPTH = 2
@@ -363,19 +364,28 @@ def test_fixed_support_equals_shira():
 
 
 def test_second_phase_on_its_own_is_a_random_support():
-  method = pj.load('sparse.diff_pruning', density=0.2, phase=1)
-  theta = pj.init(method, jax.random.key(0), SITES, PARAMS)['diff_pruning']
-  assert 'value.kernel' in theta['block_0/dense']
-  index = theta['block_0/dense']['index.kernel']
-  assert len(set(index.tolist())) == 5 and (jnp.diff(index) > 0).all()
-  assert not np.array_equal(index, theta['block_1/dense']['index.kernel'])
-  assert all((t['value.kernel'] == 0).all() for p, t in theta.items()
-             if 'dense' in p)
+  method = pj.load('sparse.diff_pruning', density=0.1, phase=1)
+  theta = pj.init(method, jax.random.key(0), SITES, PARAMS)
+  supports = [theta['diff_pruning'][f'block_{i}/dense'] for i in range(DEPTH)]
+  for t in supports:  # 10 % of 25 is 2, of 5 nothing
+    assert set(t) == {'index.kernel', 'value.kernel'}
+    first, second = t['index.kernel'].tolist()
+    assert 0 <= first < second < 25 and (t['value.kernel'] == 0).all()
+  assert not np.array_equal(*(t['index.kernel'] for t in supports))
+  assert theta['diff_pruning']['block_0/norm'] == {}
+  y = jax.jit(lambda t: pj.apply(MODEL, method, PARAMS, t, X)[0])(theta)
+  np.testing.assert_allclose(y, MODEL.apply({'params': PARAMS}, X), atol=1e-6)
+
+
+def test_budget_is_not_lost_to_rounding():
+  assert 0.29 * 100 < 29  # in binary
+  assert diff_pruning.budget(0.29, 100) == 29
+  assert diff_pruning.budget(0.289, 100) == 28
 
 
 def test_errors():
   for density in (0, -0.1, 1.5):
-    with pytest.raises(ValueError, match=f'density={density}: expected a share'):
+    with pytest.raises(ValueError, match=f'density={density}: expected a sha'):
       pj.load('sparse.diff_pruning', density=density)
   with pytest.raises(ValueError, match='l0=-1: expected at least 0'):
     pj.load('sparse.diff_pruning', l0=-1)
