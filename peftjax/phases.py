@@ -53,10 +53,10 @@ class Stage(NamedTuple):
 def schedule(methods, steps):
   """Cuts a run of `steps` steps into stages.
 
-  A phase starts at step round(share * steps). Phases that start at the same step
-  are one change. The last stage always has every method's last phase, even where
-  it is left with no steps (start == end), so that what a run ends with does not
-  depend on its length; so may the first stage be empty.
+  A phase starts at step round(share * steps). Phases that start at the same
+  step are one change. The last stage always has every method's last phase, even
+  where it is left with no steps (start == end), so that what a run ends with
+  does not depend on its length; so may the first stage be empty.
 
   Args:
     methods: A Method or a sequence of them.

@@ -10,8 +10,8 @@ outlier features, which the paper needs because it quantises activations too.
   fold: K' = q scale                 |K' - K| <= scale / 2 in every entry
 
 Trains nothing by itself: it is a base for other methods, as in
-(int8(), lora(rank=8)), and stands first. The scales multiply the product, so the
-kernel in float is never formed. Not exact at init: the adapted model is the
+(int8(), lora(rank=8)), and stands first. The scales multiply the product, so
+the kernel in float is never formed. Not exact at init: the adapted model is the
 quantised one. A column of zeros has scale zero.
 """
 

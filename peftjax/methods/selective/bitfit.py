@@ -9,16 +9,16 @@ Trains the bias of every linear, convolution and norm, 11 d numbers in a
 transformer block of width d with a 4 d perceptron (query, key, value, output: 4
 d; up: 4 d; down: d; two norms: 2 d); subset='query_mlp' the query's and the
 up-projection's, 5 d. The paper trains the task's head as well: add it as
-full(sites=select(roles='head'), group='head'). Starts as the base; costs nothing
-at run time; folding is a copy.
+full(sites=select(roles='head'), group='head'). Starts as the base; costs
+nothing at run time; folding is a copy.
 
 The paper counts the attention's output projection as its first MLP bias, so its
 "second MLP bias" is that of the up-projection (`intermediate.dense` in BERT).
 The released code picks biases by substring and trains the pooler's bias even in
 subsets; here sites are picked by role, and a pooler is a site like any other.
 
-The key's bias shifts all scores of a query alike, which softmax ignores: without
-relative or rotary positions its gradient is zero.
+The key's bias shifts all scores of a query alike, which softmax ignores:
+without relative or rotary positions its gradient is zero.
 """
 
 import math
