@@ -2,7 +2,8 @@
 
   def get_config(arg=None):
     return common.kmnist(
-        method=(dict(name='lowrank.lora', rank=8), common.HEAD), lr=3e-3, arg=arg)
+        method=(dict(name='lowrank.lora', rank=8), common.HEAD), lr=3e-3,
+        arg=arg)
 
 A config's argument stands after a colon: `--config=FILE.py:runlocal,seed=3`.
 """
@@ -10,7 +11,7 @@ A config's argument stands after a colon: `--config=FILE.py:runlocal,seed=3`.
 from peftjax import config as config_lib
 from peftjax.method import nearest
 
-# The head is new, so every method trains it beside what it does to the backbone.
+# The head is new, so every method trains it beside what it does elsewhere.
 HEAD = dict(name='selective.full', sites=dict(roles='head'), group='head')
 
 _SHORT = dict(lr='optim.lr')

@@ -1,14 +1,14 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
   WORKDIR/checkpoints/<step>/state    arrays, by orbax
-  WORKDIR/checkpoints/<step>/meta     JSON: config, fingerprint of the base, data
-                                      position, names and shapes, digest
-  WORKDIR/unreadable/                 what could not be read, moved out of the way
+  WORKDIR/checkpoints/<step>/meta     JSON: config, fingerprint of the base,
+                                      data position, names, shapes, digest
+  WORKDIR/unreadable/                 what could not be read, moved away
 
-Saving is asynchronous: arrays are copied before `save` returns and written
-while training goes on; a checkpoint that was not written to its end is never
-taken for one. Reading verifies a digest over every byte of the arrays, so what
-is read is what was saved, or it is not used: then the one before is.
+Saving is asynchronous: orbax copies the arrays before `save` returns and writes
+them while training goes on; a checkpoint that was not written to its end is
+never taken for one. Reading verifies a digest over every byte of the arrays, so
+what is read is what was saved, or it is not used: then the one before is.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ def workdir(path):
       pass
     lock = open(os.path.join(path, '.lock'), 'w')
   except OSError as e:
-    raise ValueError(f'workdir {path!r} cannot be written: {e}; choose a folder '
-                     'that can be, by --workdir') from e
+    raise ValueError(f'workdir {path!r} cannot be written: {e}; choose a '
+                     'folder that can be, by --workdir') from e
   with lock:
     if jax.process_index() == 0:
       try:
@@ -68,9 +68,15 @@ def manager(path, keep):
   """
   options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, cleanup_tmp_directories=True)
-  with ocp.CheckpointManager(
-      os.path.join(path, 'checkpoints'), options=options) as found:
-    yield found
+  before = logging.get_verbosity()
+  if before == logging.INFO:  # orbax says dozens of lines a save
+    logging.set_verbosity(logging.WARNING)
+  try:
+    with ocp.CheckpointManager(
+        os.path.join(path, 'checkpoints'), options=options) as found:
+      yield found
+  finally:
+    logging.set_verbosity(before)
 
 
 # ---------------------------------------------------------------------- save
@@ -110,9 +116,7 @@ def save(found, step, state, meta):
   """
   if step in found.all_steps():
     return
-  # A copy of its own: the caller's buffers are reused by the next step while
-  # these are still being written.
-  flat = _flat(jax.tree.map(jnp.copy, state))
+  flat = _flat(state)
   shapes = {n: [list(v.shape), str(v.dtype)] for n, v in flat.items()}
   meta = dict(meta, format=FORMAT, step=step, arrays=shapes,
               digest=_digest(flat))
@@ -163,9 +167,9 @@ def _attempt(found, step, read):
     # Whatever a damaged file makes orbax raise: there are many kinds.
     text = str(e).split('\n', 1)[0][:300]
     place = _set_aside(found, step)
-    logging.warning('checkpoint %s cannot be read and was moved to %s (%s: %s); '
-                    'falling back to the one before', step, place,
-                    type(e).__name__, text)
+    logging.warning(
+        'checkpoint %s cannot be read and was moved to %s (%s: %s); falling '
+        'back to the one before', step, place, type(e).__name__, text)
     return None
 
 
@@ -199,8 +203,8 @@ def _check(found, meta, config, base):
   if meta['base'] != base:
     raise ValueError(
         f'{place} was made with another base: fingerprint '
-        f'{meta["base"][:12]}..., now {base[:12]}...; choose another --workdir, '
-        'or the weights that it was made with')
+        f'{meta["base"][:12]}..., now {base[:12]}...; choose another '
+        '--workdir, or the weights that it was made with')
 
 
 def _check_arrays(found, meta, tree):

@@ -15,7 +15,7 @@ def nonfinite_site(model, methods, params, theta, sites, *args, rng=None):
   """Path of the first site whose adapted output is not finite, or None.
 
   A last method is put around every layer that has parameters and reports on
-  its output. One layer of a scanned stack is named as 'blocks/mlp/up (layer 3)'.
+  its output. A layer of a scanned stack is named 'blocks/mlp/up (layer 3)'.
 
   Args:
     model: A Linen module.

@@ -119,7 +119,7 @@ if __name__ == '__main__':
   _ADAPTER = flags.DEFINE_string(
       'adapter', None, 'Folder that save_adapter wrote.', required=True)
   _WEIGHTS = flags.DEFINE_string(
-      'weights', None, 'Name or path of the base, if not what the adapter says.')
+      'weights', None, 'Name or path of the base, if not as the adapter says.')
   _DATA = flags.DEFINE_string(
       'data', None, 'Data set, if not what the adapter says.')
   _SPLIT = flags.DEFINE_string('split', 'test', 'Its part.')

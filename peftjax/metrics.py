@@ -19,7 +19,7 @@ def writer(workdir, step, events=True):
     events: Whether to write TensorBoard events.
   """
   path = os.path.join(workdir, FILE)
-  _drop_after(path, step)
+  seen = _drop_after(path, step)
   board = None
   if events:
     import tensorboardX  # slow to import
@@ -28,6 +28,10 @@ def writer(workdir, step, events=True):
   with open(path, 'a', encoding='utf-8') as f:
 
     def write(step, values):
+      line = (step, frozenset(values))
+      if line in seen:  # written before the run was cut off
+        return
+      seen.add(line)
       f.write(json.dumps(dict(step=step, **values)) + '\n')
       f.flush()
       if board:
@@ -55,8 +59,10 @@ def read(workdir):
 
 
 def _drop_after(path, step):
+  """Rewrites the file without later lines; what the others are about."""
   keep = [v for v in read(os.path.dirname(path)) if v['step'] <= step]
   part = f'{path}.part'
   with open(part, 'w', encoding='utf-8') as f:
     f.writelines(json.dumps(v) + '\n' for v in keep)
   os.replace(part, path)
+  return {(v['step'], frozenset(v) - {'step'}) for v in keep}

@@ -3,10 +3,13 @@
 The state is a dict of everything that a step changes, and so of everything that
 a checkpoint holds:
 
-  step      int32, steps done            trained, frozen   the parts of theta
-  bad       int32, the first step that   opt   optimiser state
-            was not finite, or -1        ema   average of trained, where it is on
+  step      int32, steps done
+  bad       int32, the first step that was not finite, or -1
   rng       uint32, the run's key
+  trained   the part of theta that is trained
+  frozen    the part of theta that is data
+  opt       optimiser state
+  ema       average of trained, where config.optim.ema is on
 
 The base's params are an argument of their own: never differentiated, never
 donated, never returned.
@@ -179,7 +182,8 @@ def compile_step(task, stage, state, image_shape):
   tx, _, at = layout(task, stage, theta_of(state))
   b, place = task.config.batch, sharding.batch_sharding(task.mesh)
   batch = dict(
-      image=jax.ShapeDtypeStruct((b, *image_shape), jnp.float32, sharding=place),
+      image=jax.ShapeDtypeStruct(
+          (b, *image_shape), jnp.float32, sharding=place),
       label=jax.ShapeDtypeStruct((b,), jnp.int32, sharding=place))
   step = jax.jit(make_step(task, stage, tx), donate_argnums=0,
                  out_shardings=(at, sharding.replicated(task.mesh)))

@@ -78,8 +78,8 @@ def load_arrays(config, split, first, size):
   arrays = pipeline.load_split(name, split, size=size)
   n = len(arrays['label'])
   if first > n:
-    raise ValueError(f'{first} images of {name} {split} are asked for, there are '
-                     f'{n}; 0 takes all')
+    raise ValueError(f'{first} images of {name} {split} are asked for, there '
+                     f'are {n}; 0 takes all')
   return {k: v[:first or n] for k, v in arrays.items()}
 
 
@@ -240,10 +240,11 @@ def _train(config, workdir, progress, saved, stopped):
         clock['seconds'] += time.perf_counter() - tick
         clock['steps'] = step
         if evaluate_now and step < config.steps:
-          found = evaluate(state)
-          write(step, {f'{config.eval_split}/{k}': found[k]
+          now = evaluate(state)
+          write(step, {f'{config.eval_split}/{k}': now[k]
                        for k in ('accuracy', 'loss')})
-          say(f'step {step} {config.eval_split} {found}')
+          say(f'step {step}/{config.steps} {config.eval_split} accuracy '
+              f'{now["accuracy"]:.4f}')
         if save_now:
           checkpoint.save(saved, step, state, dict(
               config=said, base=fingerprint, stage=index, before=before,

@@ -56,8 +56,10 @@ def test_each_group_is_clipped_by_its_own_norm():
   grads = {'lora': {'up': dict(a=jnp.full((2, 3), 100.0), b=jnp.full(3, 0.01))}}
   _, state = tx.update(grads, tx.init(t), t)
   # The first moment is 0.1 times the clipped gradient.
-  moments = {k: [np.asarray(v) for v in jax.tree.leaves(
-      optax.tree_utils.tree_get(s, 'mu'))] for k, s in state.inner_states.items()}
+  moments = {
+      k: [np.asarray(v) for v in jax.tree.leaves(
+          optax.tree_utils.tree_get(s, 'mu'))]
+      for k, s in state.inner_states.items()}
   np.testing.assert_allclose(moments[''][0], 0.1 / np.sqrt(6), rtol=1e-5)
   # A huge gradient elsewhere does not shrink this one, which is below 0.5.
   np.testing.assert_allclose(moments['fast'][0], 0.1 * 0.01, rtol=1e-5)
