@@ -38,13 +38,13 @@ def coft(eps=0.5, block_size=None, blocks=None, shared=False, cayley='exact',
   """COFT.
 
   Args:
-    eps: Largest Frobenius norm of a kernel's skew blocks together; inf is OFT,
-      0 keeps the base model.
+    eps: Largest Frobenius norm of a kernel's stored skew blocks together; inf
+      is OFT, 0 keeps the base model.
     block_size: As for `oft`, like all that follow.
     blocks: Number of blocks instead of their size.
     shared: Whether all blocks of a kernel are one and the same.
     cayley: 'exact' or 'neumann'.
-    terms: Terms of the Neumann series, at least 1.
+    terms: Terms of the Neumann series, from 1 to 64.
     block_dropout: Share of the blocks set to the identity while training.
     sites: Predicate on sites; by default every kernel but the head.
 

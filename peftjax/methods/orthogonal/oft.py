@@ -44,6 +44,7 @@ from peftjax.ops import orthogonal
 EXAMPLE = dict(block_size=4)
 CAYLEYS = ('exact', 'neumann')
 LARGEST = 32  # of the default block sizes
+TERMS = 64  # each is a block product of its own in the program
 
 
 def oft(block_size=None, blocks=None, shared=False, cayley='exact', terms=5,
@@ -56,22 +57,23 @@ def oft(block_size=None, blocks=None, shared=False, cayley='exact', terms=5,
     blocks: n, instead of block_size; B = d_in / n.
     shared: Whether all blocks of a kernel are one and the same.
     cayley: 'exact', or 'neumann' for a truncated series without a solve.
-    terms: T, terms of that series, at least 1.
+    terms: T, terms of that series, from 1 to 64.
     block_dropout: Share of the blocks set to the identity while training.
     sites: Predicate on sites; by default every kernel but the head.
 
   Raises:
     ValueError: both block_size and blocks, one that does not divide d_in,
-      blocks of size 1, an unknown cayley, terms below 1, a rate outside [0, 1).
+      blocks of size 1, an unknown cayley, terms or a rate out of range.
   """
   if block_size is not None and blocks is not None:
     raise ValueError(f'block_size={block_size} and blocks={blocks}: expected '
                      'one of them; the other follows from d_in')
   if cayley not in CAYLEYS:
     raise ValueError(f'unknown cayley {cayley!r}{nearest(cayley, CAYLEYS)}')
-  if not isinstance(terms, int) or terms < 1:
-    raise ValueError(f'terms={terms!r}: expected a whole number of at least 1; '
-                     'the nearest is 1, the usual one 5')
+  if not isinstance(terms, int) or not 1 <= terms <= TERMS:
+    near_terms = min(max(int(terms), 1), TERMS)
+    raise ValueError(f'terms={terms!r}: expected a whole number from 1 to '
+                     f'{TERMS}; the nearest is {near_terms}')
   check_rate(block_dropout)
 
   def size(site):

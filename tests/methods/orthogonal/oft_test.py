@@ -206,6 +206,7 @@ def test_count_and_default_size(mlp):
     (dict(block_size=4, blocks=4), 'expected one of them'),
     (dict(cayley='exakt'), "unknown cayley 'exakt'.*'exact'"),
     (dict(cayley='neumann', terms=0), 'terms=0: .* nearest is 1'),
+    (dict(cayley='neumann', terms=65), 'terms=65: .* nearest is 64'),
     (dict(block_dropout=1.0), 'block_dropout=1.0: .* nearest is 0.99'),
 ], ids=str)
 def test_refuses(kwargs, message, mlp):
