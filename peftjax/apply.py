@@ -10,6 +10,7 @@ it finds there: no paths, no ids, no mutable state at run time.
 import inspect
 import itertools
 
+from flax import errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from peftjax import sites as sites_lib
 from peftjax import trees
 from peftjax import views as views_lib
-from peftjax.folding import fold, fold_site, must_fold
+from peftjax.folding import fold, fold_site, located, must_fold
 from peftjax.method import as_methods, check_theta, Context, nearest, SHARED
 from peftjax.method import Site
 
@@ -167,16 +168,19 @@ class _Engine:
         site = Site(where, type(module).__name__, '',
                     views_lib.shapes(params), views_lib.shapes(x))
         ctx = self.context(module, site, name, params, rest, leaves, layout)
-        t = m.prepare({**self.shared[name], **t}, ctx)
+        with located(name, where):
+          t = m.prepare({**self.shared[name], **t}, ctx)
         t = {n: _as(v, dtype) for n, v in t.items()}
         if not span:
-          y = m.layer(inner, x, t, ctx)
+          with located(name, where):
+            y = m.layer(inner, x, t, ctx)
           continue
         if y is None:
           y = inner(x)
         alone = _matmul(params, dtype) if plain else (
             lambda new, a=span[0], b=span[1]: inner(new)[..., a:b])
-        part = m.layer(_columns(alone, x, y, span), x, t, ctx)
+        with located(name, where):
+          part = m.layer(_columns(alone, x, y, span), x, t, ctx)
         y = y.at[..., slice(*span)].set(part.astype(y.dtype))
       if flat:
         y = views_lib.unflatten(y, dims_out, layout.y_axes)
@@ -310,8 +314,8 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
     (output, aux): aux holds what rules reported, {path...: {name: values}}.
 
   Raises:
-    ValueError: theta of other methods, or theta for a layer that the model does
-      not have or never calls.
+    ValueError: theta of other methods, theta for a layer that the model does
+      not have or never calls, or params that do not fit the model.
   """
   named = as_methods(methods)
   check_theta(named, theta)
@@ -324,10 +328,14 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
   rngs = {}
   if rng is not None:
     rngs = dict(zip(('params', 'dropout'), jax.random.split(rng)))
-  with nn.intercept_methods(engine):
-    out, state = model.apply(
-        {**(variables or {}), 'params': graft(methods, params, theta)}, *args,
-        rngs=rngs, mutable=['aux'], **_mode(model, train, args, kwargs))
+  variables = {**(variables or {}), 'params': graft(methods, params, theta)}
+  kwargs = _mode(model, train, args, kwargs)
+  try:
+    with nn.intercept_methods(engine):
+      out, state = model.apply(
+          variables, *args, rngs=rngs, mutable=['aux'], **kwargs)
+  except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError) as e:
+    raise ValueError(f'the params tree does not fit the model: {e}') from e
   for name, by_path in theta.items():
     for path, t in by_path.items():
       base, span = views_lib.split_path(path)

@@ -4,6 +4,7 @@ Fold is the definition of a weight method, its export, and the oracle of its
 fast path. It knows nothing of Flax beyond the views that `describe` recorded.
 """
 
+import contextlib
 import zlib
 
 import jax
@@ -30,7 +31,11 @@ def site_for(method, site):
 
 
 def own_leaves(site, flat):
-  """The stored leaves of one site, {stored name: array}, stack axes first."""
+  """The stored leaves of one site, {stored name: array}, stack axes first.
+
+  Raises:
+    ValueError: a leaf is missing, boxed, or of another shape.
+  """
   base, _ = views_lib.split_path(site.path)
   own = {}
   for view in site.leaves.values():
@@ -38,11 +43,25 @@ def own_leaves(site, flat):
     if key not in flat:
       raise ValueError(f'params has no {key!r}{nearest(key, flat)}')
     want = (*site.stack, *view.shape)
-    if tuple(jnp.shape(flat[key])) != want:
-      raise ValueError(f'params {key!r} has shape {jnp.shape(flat[key])}, '
-                       f'expected {want}')
+    if not hasattr(flat[key], 'shape'):
+      raise ValueError(
+          f'params {key!r} is a {type(flat[key]).__name__}, expected an array '
+          f'of shape {want}; unbox boxed params by flax.linen.meta.unbox')
+    if tuple(flat[key].shape) != want:
+      raise ValueError(f'params {key!r} has shape {flat[key].shape}, the model '
+                       f'needs {want}')
     own[view.leaf] = flat[key]
   return own
+
+
+@contextlib.contextmanager
+def located(name, path):
+  """Errors inside, such as shapes that do not fit, say where they arose."""
+  try:
+    yield
+  except Exception as e:
+    e.add_note(f'in {name} at {path!r}')
+    raise
 
 
 def over_stack(fn, stack):
@@ -60,8 +79,9 @@ def fold_site(method, leaves, own, t, ctx):
   """Own leaves of one layer with one method folded in; float32 inside."""
   p = {n: _widen(v.get(own[v.leaf])) for n, v in leaves.items()
        if v.leaf in own}
-  t = method.prepare({n: _widen(v) for n, v in t.items()}, ctx)
-  new = {**p, **t} if method.replaces else method.fold(p, t)
+  with located(method.name, ctx.path):
+    t = method.prepare({n: _widen(v) for n, v in t.items()}, ctx)
+    new = {**p, **t} if method.replaces else method.fold(p, t)
   out = dict(own)
   for name, value in new.items():
     if name not in leaves:

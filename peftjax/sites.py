@@ -10,10 +10,10 @@ import re
 import flax.linen as nn
 from flax.linen import meta
 import jax
-import jax.numpy as jnp
 
 from peftjax import trees
 from peftjax import views as views_lib
+from peftjax.folding import own_leaves
 from peftjax.method import nearest, Site
 
 ROLES = ('q', 'k', 'v', 'o', 'up', 'gate', 'down', 'norm', 'embed', 'head')
@@ -356,13 +356,5 @@ def table(sites):
 def check_fits(sites, params):
   """Raises where a params tree is not the one that `sites` describe."""
   flat = trees.flatten(params)
-  for s in sites.values():
-    base, _ = views_lib.split_path(s.path)
-    for view in s.leaves.values():
-      key = f'{base}/{view.leaf}' if base else view.leaf
-      want = (*s.stack, *view.shape)
-      if key not in flat:
-        raise ValueError(f'params has no {key!r}{nearest(key, flat)}')
-      if tuple(jnp.shape(flat[key])) != want:
-        raise ValueError(f'params {key!r} has shape {jnp.shape(flat[key])}, '
-                         f'the model needs {want}')
+  for site in sites.values():
+    own_leaves(site, flat)
