@@ -9,10 +9,10 @@ Loss of one batch, the same number of images from every set s:
 
 h [B, d] is the ViT's readout of the augmented image and z [B, 1280] the
 pooled features of MobileNetV2 for the image without augmentation (or its
-mirror image or quarter turn), centred within each set and divided by the standard deviation
-of each feature; they are computed once and kept in files beside FILE. The
-weight file that comes out holds the ViT alone; heads and projection are left
-behind.
+mirror image or quarter turn), centred within each set and divided by the
+standard deviation of each feature; they are computed once and kept in files
+beside FILE. The weight file that comes out holds the ViT alone; heads and
+projection are left behind.
 
 Sources: "Distilling the Knowledge in a Neural Network" (Hinton et al., arXiv
 1503.02531); "FitNets: Hints for Thin Deep Nets" (Romero et al., arXiv
@@ -210,7 +210,7 @@ def main(argv):
   # --------------------------------------------------------------- train
   start = time.time()
   streams = [batches(*train[name], c.batch_per_set, rng) for name in c.sets]
-  for step in range(1, c.stop + 1):
+  for step in range(1, c.steps + 1):
     x, y, z = zip(*map(next, streams))
     params, opt_state, metrics = update(
         params, opt_state, jax.random.fold_in(keys[2], step),
@@ -218,7 +218,7 @@ def main(argv):
     if step % c.log_every == 0:
       logging.info('step %d, %.0f s: %s', step, time.time() - start,
                    {k: round(float(v), 3) for k, v in metrics.items()})
-    if step % c.save_every == 0 or step == c.stop:
+    if step % c.save_every == 0 or step == c.steps:
       save_weights(_OUT.value, params['vit'], dict(
           module='vit.ViT', args=dict(c.model), input=[1, c.size, c.size, 3],
           scaling='pixel / 127.5 - 1', step=step))

@@ -1,10 +1,10 @@
-"""vit_s: a small vision transformer for experiments that fit on a CPU.
+r"""vit_s: a small vision transformer for experiments that fit on a CPU.
 
-  python -m experiments.pretrain.train_vit \\
-      --config=experiments/pretrain/vit_s.py:1 --config.data_dir=DATA \\
+  python -m experiments.pretrain.train_vit \
+      --config=experiments/pretrain/vit_s.py:1 --config.data_dir=DATA \
       --out=runs/stage1.safetensors
-  python -m experiments.pretrain.train_vit \\
-      --config=experiments/pretrain/vit_s.py:2 --config.data_dir=DATA \\
+  python -m experiments.pretrain.train_vit \
+      --config=experiments/pretrain/vit_s.py:2 --config.data_dir=DATA \
       --init=runs/stage1.safetensors --out=runs/vit_s.safetensors
   python -m experiments.pretrain.probe --weights=runs/vit_s.safetensors
 
@@ -47,8 +47,7 @@ def get_config(stage='1'):
   c.size = 32
 
   c.batch_per_set = 16
-  c.steps = 1600  # Of the schedule.
-  c.stop = 1600  # Where training ends.
+  c.steps = 1600
   c.lr = 1e-3
   c.b2 = 0.98
   c.warmup = 150
