@@ -1,4 +1,4 @@
-"""Methods on the hook methods of the vision transformer, and on whole modules."""
+"""Methods on hooks and whole modules; what they report, and what they draw."""
 
 import flax.linen as nn
 import jax
@@ -120,6 +120,88 @@ def test_methods_on_hooks_equal_the_edits_written_out(form):
   assert np.abs(got - base).max() > 0.1
 
 
+# ------------------------------------------------------- reports, randomness
+def report(f, x, t, ctx):
+  y = f(x)
+  ctx.sow('mean', y.mean())
+  return y + t['s']
+
+
+def test_reports_of_layers_reach_the_caller():
+  class Net(nn.Module):
+    axes: tuple = ('params', 'aux')
+
+    @nn.compact
+    def __call__(self, x):
+      layer = nn.scan(Layer, variable_axes={a: 0 for a in self.axes},
+                      split_rngs={'params': True}, length=3)
+      x, _ = layer(name='blocks')(x, None)
+      return nn.Dense(2, name='out')(x)
+
+  class Layer(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, _):
+      return nn.Dense(8, name='down')(x), None
+
+  x = np.ones((1, 8), np.float32)
+  params = filled(Net().init, jax.random.key(0), x)['params']
+  method = hook('watch', '__call__', report, (), 'down|out')
+  sites = peftjax.describe(Net(), x)
+  theta = jax.tree.map(
+      jnp.zeros_like, random_theta(method, sites, params))
+  y, aux = peftjax.apply(Net(), method, params, theta, x)
+  down = params['blocks']['down']
+  h, means = x, []
+  for i in range(3):
+    h = h @ down['kernel'][i] + down['bias'][i]
+    means.append(h.mean())
+  np.testing.assert_allclose(aux['blocks']['down']['mean'][0], jnp.stack(means),
+                             rtol=0, atol=1e-5)
+  np.testing.assert_allclose(aux['out']['mean'][0], y.mean(), rtol=0,
+                             atol=1e-5)
+  blind = Net(axes=('params',))
+  with pytest.raises(ValueError, match=(
+      r"watch at 'blocks/down' reports 'mean'.*variable_axes=")):
+    peftjax.apply(blind, method, params, theta, x)
+
+
+def test_random_parts_differ_by_site_layer_and_step():
+  class Net(nn.Module):
+
+    @nn.compact
+    def __call__(self, x):
+      layer = nn.scan(Layer, variable_axes={'params': 0, 'aux': 0}, length=2,
+                      split_rngs={'params': True})
+      x, _ = layer(name='blocks')(x, None)
+      return nn.Dense(8, name='out')(x)
+
+  class Layer(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, _):
+      return nn.Dense(8, name='down')(x), None
+
+  def layer(f, x, t, ctx):
+    ctx.sow('draw', jax.random.uniform(ctx.rng) if ctx.train else -1.0)
+    return f(x)
+
+  method = hook('draw', '__call__', layer, (), 'down|out')
+  x = np.ones((1, 8), np.float32)
+  params = filled(Net().init, jax.random.key(0), x)['params']
+  theta = random_theta(method, peftjax.describe(Net(), x), params)
+
+  def draws(seed, train=True):
+    _, aux = peftjax.apply(Net(), method, params, theta, x, train=train,
+                           rng=jax.random.key(seed))
+    return np.concatenate([np.ravel(v) for v in jax.tree.leaves(aux)])
+
+  one, again, other = draws(0), draws(0), draws(1)
+  assert len(set(one) | set(other)) == 6
+  np.testing.assert_array_equal(one, again)
+  np.testing.assert_array_equal(draws(0, train=False), -1)
+
+
 def own(name, leaf, path, **kwargs):
   """Adds s to one of a module's own leaves; folds only."""
   return peftjax.Method(
@@ -130,11 +212,6 @@ def own(name, leaf, path, **kwargs):
 
 def test_folding_a_module_keeps_the_hooks_and_reports_below_it():
   """The root's positions are folded around everything else that is adapted."""
-  def report(f, x, t, ctx):
-    y = f(x)
-    ctx.sow('mean', y.mean())
-    return y + t['s']
-
   model = vit.ViT(**ARGS, scan=True)
   params = filled(model.init, jax.random.key(0), X)['params']
   sites = peftjax.describe(model, X)
