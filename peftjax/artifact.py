@@ -123,7 +123,7 @@ def _raw(value):
   """bfloat16, float8 and int4 are stored as the integers of their bits."""
   if value.dtype.isbuiltin != 1:
     value = value.view(f'u{value.dtype.itemsize}')
-  return np.ascontiguousarray(value)
+  return np.ascontiguousarray(value).reshape(value.shape)  # keeps scalars
 
 
 def _spec(name, method):
