@@ -108,8 +108,8 @@ def diff_pruning(density=0.005, structured=True, l0=None,
   Args:
     density: Share of the chosen layers' parameters that may differ in the end.
     structured: Whether each leaf has a gate for all its entries together.
-    l0: Weight of the penalty per gate; None takes the reference's total weight,
-      41.75, over the number of gates.
+    l0: Weight of the penalty per gate, at least 0; None takes the reference's
+      total weight, 41.75, over the number of gates.
     sites: Predicate on sites; by default every layer with parameters of its own
       but the head.
 
@@ -120,15 +120,16 @@ def diff_pruning(density=0.005, structured=True, l0=None,
   if not 0 < density <= 1:
     raise ValueError(f'diff_pruning: density={density}: expected a share in '
                      '(0, 1]; the default is 0.005')
-  if l0 is not None and l0 < 0:
-    raise ValueError(f'diff_pruning: l0={l0}: expected at least 0')
+  if l0 is not None and not 0 <= l0 < math.inf:
+    raise ValueError(f'diff_pruning: l0={l0}: expected a finite number, at '
+                     'least 0')
 
   def init(key, site, p, stats):
     del key, site, stats
     t = {}
     for n, v in p.items():
       t[f'w.{n}'] = jnp.zeros(v.shape)
-      t[f'alpha.{n}'] = jnp.full(v.shape, LOGIT)
+      t[f'alpha.{n}'] = jnp.full(v.shape, LOGIT, jnp.float32)
       if structured:
         t[f'group.{n}'] = jnp.float32(LOGIT)
     return t

@@ -387,8 +387,9 @@ def test_errors():
   for density in (0, -0.1, 1.5):
     with pytest.raises(ValueError, match=f'density={density}: expected a sha'):
       pj.load('sparse.diff_pruning', density=density)
-  with pytest.raises(ValueError, match='l0=-1: expected at least 0'):
-    pj.load('sparse.diff_pruning', l0=-1)
+  for l0 in (-1, float('nan'), float('inf')):
+    with pytest.raises(ValueError, match=f'l0={l0}: expected a finite number'):
+      pj.load('sparse.diff_pruning', l0=l0)
   with pytest.raises(ValueError, match="'densty'; did you mean 'density'"):
     pj.load('sparse.diff_pruning', densty=0.1)
   start = lambda **kwargs: pj.init(pj.load('sparse.diff_pruning', **kwargs),
