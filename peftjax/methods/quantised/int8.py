@@ -13,6 +13,8 @@ Trains nothing by itself: it is a base for other methods, as in
 (int8(), lora(rank=8)), and stands first. The scales multiply the product, so
 the kernel in float is never formed. Not exact at init: the adapted model is the
 quantised one. A column of zeros has scale zero.
+
+Count: 0.
 """
 
 import jax.numpy as jnp

@@ -17,7 +17,10 @@ Then one sample of the gates is taken, the floor(density n) entries with the
 largest |z_g z w| over all layers together are kept, and their w is trained on
 alone, without gates or penalty: theta is then 'index.<leaf>' int32 [k], frozen,
 and 'value.<leaf>' [k], positions in the flattened leaf. That is what is stored:
-density n values and as many positions. Training holds 2 n numbers in phase one.
+density n values and as many positions.
+
+Count: 2 n, and one per leaf where structured, then density n over all layers. n
+is the numbers of the chosen layers.
 
 Where this differs from the released code, which is what the above follows:
   * The penalty adds element and group probabilities, as the code does; the
