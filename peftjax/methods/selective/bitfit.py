@@ -10,9 +10,9 @@ query's and the up-projection's. The paper trains the task's head as well: add
 it as full(sites=select(roles='head'), group='head'). Starts as the base; costs
 nothing at run time; folding is a copy.
 
-Count: d_out a bias. In a transformer block of width d with a 4 d perceptron that
-is 11 d (query, key, value, output: 4 d; up: 4 d; down: d; two norms: 2 d); for
-subset='query_mlp' it is 5 d.
+Count: d_out a bias. That is 11 d in a transformer block of width d with a 4 d
+perceptron (query, key, value, output: 4 d; up: 4 d; down: d; two norms: 2 d),
+and 5 d for subset='query_mlp'.
 
 The paper counts the attention's output projection as its first MLP bias, so its
 "second MLP bias" is that of the up-projection (`intermediate.dense` in BERT).
