@@ -31,7 +31,8 @@ def init(methods, key, sites, params, stats=None):
 
   Raises:
     ValueError: a selection that matches nothing, params that do not fit the
-      model, NaN or infinity in the base, a method that must be innermost.
+      model, NaN or infinity in the base, a method that must be innermost, a
+      method that drops a leaf which another trains.
   """
   sites_lib.check_fits(sites, params)
   bad = trees.nonfinite(params)
@@ -65,10 +66,25 @@ def init(methods, key, sites, params, stats=None):
           p = {n: v.get(own[v.leaf]) for n, v in site.leaves.items()}
           return m.init(k, site, p, stats.get(path))
 
-        theta[name][path] = over_stack(one, site.stack)(k, own_leaves(site, flat))
+        own = own_leaves(site, flat)
+        theta[name][path] = over_stack(one, site.stack)(k, own)
+        _check_dropped(named, theta, name, path)
     return theta
 
   return jax.jit(make)(key, params, stats or {})
+
+
+def _check_dropped(named, theta, name, path):
+  """Raises where a method drops a leaf that an inner one trains."""
+  base, _ = views_lib.split_path(path)
+  for inner, by_path in theta.items():
+    for other, t in by_path.items():
+      lost = sorted(set(t) & set(named[name].drops))
+      if (named[inner].replaces and inner != name and lost
+          and views_lib.split_path(other)[0] == base):
+        raise ValueError(
+            f'{name} drops {lost[0]!r} of {path!r}, which {inner} trains: leave '
+            'this layer out of the sites of one of them')
 
 
 def partition(methods, theta):
