@@ -1,9 +1,9 @@
 """What each method can do, measured: the table of `python -m peftjax.methods`.
 
 Numbers of parameters are those of default hyper-parameters on a model of the
-shape of `vit_s`, described abstractly. The rest is probed by running the method,
-with the small hyper-parameters of its EXAMPLE, on the small model of the
-conformance suite. The formula of the count is the docstring's line 'Count:'.
+shape of `vit_s`, described abstractly. The rest is probed by running the
+method, with the small hyper-parameters of its EXAMPLE, on the small model of
+the conformance suite. The formula of the count is the docstring's line 'Count:'.
 """
 
 import functools
@@ -76,9 +76,10 @@ class _Spy:
 
 
 def formula(name):
-  """What follows 'Count:' in a method's module docstring, as one line."""
+  """The sentence after 'Count:' in a method's module docstring, as one line."""
   doc = importlib.import_module(f'peftjax.methods.{name}').__doc__ or ''
-  found = re.search(r'^Count: (.+(?:\n(?!\s*$).+)*)', doc, re.M)
+  found = re.search(r'^Count: (.+?)\.?(?=\s*\n\s*\n|\.\s|\s*\Z)', doc,
+                    re.M | re.S)
   return ' '.join(found[1].split()) if found else ''
 
 

@@ -100,3 +100,16 @@ def test_check_prints_a_table(capsys):
   printed = capsys.readouterr().out
   assert all(r.check in printed for r in results)
   assert 'not under peftjax/methods' in printed  # why a check was skipped
+
+
+def test_weak_types_are_traced_twice():
+  weak = GOOD._replace(
+      init=lambda key, site, p, stats: dict(
+          g=jnp.full(p['kernel'].shape[1], 1.0)))
+  result = _outcome(weak, checks.traced_once)
+  assert result.outcome == 'fail' and 'weakly typed' in result.why
+
+
+def test_int8_refuses_a_kernel_that_full_trains():
+  why = checks.on_int8(conformance.subject('selective.full').run('plain'))
+  assert "int8 drops 'kernel'" in why and 'full trains' in why

@@ -55,7 +55,7 @@ def _close(got, want, what, tolerance=CLOSE):
     far = np.abs(got[path].astype(float) - w).max(initial=0)
     top = np.abs(w).max(initial=0)
     assert far <= tolerance * top, (
-        f'{what}{path}: {far:.2g} apart, allowed are {tolerance:g} of {top:.2g}')
+        f'{what}{path}: {far:.2g} apart, {tolerance:g} of {top:.2g} is allowed')
 
 
 def _same(got, want, what):
@@ -206,7 +206,9 @@ def rematerialised_equals_stored(run):
 
 def traced_once(run):
   """A second step, on what the first one returned, is not traced again."""
-  assert run.trained.traces == 1, f'{run.trained.traces} traces'
+  assert run.trained.traces == 1, (
+      f'{run.trained.traces} traces: after_step changes a dtype or shape, or init '
+      'makes weakly typed arrays (jnp.full(n, 1.0): give a dtype)')
 
 
 def bfloat16(run):

@@ -301,7 +301,8 @@ class Run:
     def call(theta):
       trained, frozen = theta_lib.partition(methods, theta)
       _, plain = fold(trained, frozen, self.params, self.params)
-      (_, out), (cotangent, grad_x) = gradient_of(self.model)(plain, self.x, self.y)
+      base = gradient_of(self.model)
+      (_, out), (cotangent, grad_x) = base(plain, self.x, self.y)
       grad, _ = fold(trained, frozen, self.params, cotangent)
       return Value(*jax.device_get((out, grad, grad_x))), plain
 

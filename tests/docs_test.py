@@ -1,0 +1,69 @@
+"""The README's table and the methods' pages are what the code makes of them."""
+
+import pathlib
+
+import pytest
+
+from peftjax import capabilities
+from peftjax import docs
+from peftjax import method
+from peftjax.methods import __main__ as methods_main
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize('name', method.names())
+def test_count_formula_is_documented(name):
+  assert capabilities.formula(name), (
+      f"{name}: the module docstring has no line 'Count: ...'")
+
+
+def test_readme_is_fresh():
+  text = (ROOT / 'README.md').read_text()
+  table = capabilities.markdown('docs/methods/')
+  assert methods_main.replace(text, table) == text, (
+      'stale: run python -m peftjax.methods --write')
+
+
+def test_pages_are_fresh():
+  have = {p.name: p.read_text() for p in (ROOT / 'docs/methods').glob('*.md')}
+  want = docs.pages()
+  assert set(have) == set(want), 'stale: run python -m peftjax.docs'
+  stale = [name for name in want if have[name] != want[name]]
+  assert not stale, f'{stale} stale: run python -m peftjax.docs'
+
+
+def test_replace_wants_both_markers_once():
+  begin, end = methods_main.BEGIN, methods_main.END
+  assert methods_main.replace(f'a\n{begin}\nold\n{end}\nb', 'new') == (
+      f'a\n{begin}\nnew\n{end}\nb')
+  for text in ('', begin, f'{begin}{begin}{end}'):
+    with pytest.raises(ValueError, match='marker'):
+      methods_main.replace(text, 'new')
+
+
+def test_capabilities_are_measured_and_not_believed():
+  """A method's own claims do not reach the table."""
+  lora = capabilities.measure('lowrank.lora')
+  assert (lora.folds, lora.exact, lora.calibration, lora.int8) == (
+      True, True, 'no', True)
+  ssf = capabilities.measure('scaling.ssf')
+  assert not ssf.exact
+  int8 = capabilities.measure('quantised.int8')
+  assert (int8.trained, int8.exact, int8.int8) == (0, False, None)
+
+
+def test_prose_keeps_equations_and_escapes_the_rest():
+  doc = '''One line with a * b and alpha.<leaf>.
+
+    y = x * K
+
+  Where they differ:
+    First. Some text
+      that goes on.
+    * Second.
+  '''
+  assert docs.prose(doc) == '\n'.join([
+      r'One line with a \* b and alpha.\<leaf>.', '', '```', 'y = x * K', '```',
+      '', 'Where they differ:', '', '- First. Some text', '  that goes on.',
+      '- Second.'])
