@@ -24,8 +24,11 @@ HEAD = "dict(name='selective.full', sites=dict(roles='head'), group='head')"
 
 
 def escape(text):
-  """Text in which Markdown sees no markup."""
-  return re.sub(r'([\\*_<\[\]|])', r'\\\1', text)
+  """Text in which Markdown sees no markup but `code`."""
+  mark = r'[\\*<]|\b_|_\b|\](?=\()'
+  parts = re.split(r'(`[^`]*`)', text)
+  parts[::2] = (re.sub(mark, r'\\\g<0>', part) for part in parts[::2])
+  return ''.join(parts)
 
 
 def prose(doc):
@@ -79,9 +82,12 @@ def arguments(factory):
     default = getattr(p.default, '__name__', None) or repr(p.default)
     meaning = escape(' '.join(entries.get(name, '').split()))
     lines.append(f'- `{name}={default}`: {meaning}')
-  return '\n'.join(textwrap.fill(line, 80, subsequent_indent='  ',
-                                 break_long_words=False, break_on_hyphens=False)
-                   for line in lines)
+  return '\n'.join(_fill(line, '  ') for line in lines)
+
+
+def _fill(text, indent=''):
+  return textwrap.fill(text, 80, subsequent_indent=indent,
+                       break_long_words=False, break_on_hyphens=False)
 
 
 def example(name):
@@ -96,9 +102,10 @@ def example(name):
     entries.append("dict(name='lowrank.lora', rank=8)")
   if not method.sites(_head()):
     entries.append(HEAD)
-  return 'config.method = (\n' + '\n'.join(
-      f'    {entry},' for entry in entries).rstrip(',') + (
-          ',)' if len(entries) == 1 else ')')
+  lines = [textwrap.fill(f'    {entry},', 80, subsequent_indent=' ' * 9)
+           for entry in entries]
+  text = '\n'.join(['config.method = (', *lines])
+  return text + ')' if len(entries) == 1 else text.rstrip(',') + ')'
 
 
 def _keywords(words):
@@ -126,7 +133,7 @@ def page(name):
   return '\n'.join([
       NOTE, '', f'# {name}', '', escape(title), '', prose(body), '',
       '## Hyper-parameters', '', arguments(factory), '',
-      f'Raises {escape(raises)}' if raises else '', '',
+      _fill(f'Raises {escape(raises)}') if raises else '', '',
       '## In a config', '', '```python', example(name), '```', '',
       '## Measured', '',
       'Default hyper-parameters on the shape of `vit_s`; the rest on the small',

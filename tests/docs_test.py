@@ -54,7 +54,7 @@ def test_capabilities_are_measured_and_not_believed():
 
 
 def test_prose_keeps_equations_and_escapes_the_rest():
-  doc = '''One line with a * b and alpha.<leaf>.
+  doc = '''One line with a * b, d_in, `code_*` and alpha.<leaf>.
 
     y = x * K
 
@@ -64,6 +64,6 @@ def test_prose_keeps_equations_and_escapes_the_rest():
     * Second.
   '''
   assert docs.prose(doc) == '\n'.join([
-      r'One line with a \* b and alpha.\<leaf>.', '', '```', 'y = x * K', '```',
+      r'One line with a \* b, d_in, `code_*` and alpha.\<leaf>.', '', '```', 'y = x * K', '```',
       '', 'Where they differ:', '', '- First. Some text', '  that goes on.',
       '- Second.'])
