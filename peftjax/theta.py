@@ -67,8 +67,10 @@ def init(methods, key, sites, params, stats=None):
           return m.init(k, site, p, stats.get(path))
 
         own = own_leaves(site, flat)
-        theta[name][path] = over_stack(one, site.stack)(k, own)
-        _check_dropped(named, theta, name, path)
+        t = over_stack(one, site.stack)(k, own)
+        if t:  # a budget may leave a site with nothing
+          theta[name][path] = t
+          _check_dropped(named, theta, name, path)
     return theta
 
   return jax.jit(make)(key, params, stats or {})

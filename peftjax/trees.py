@@ -80,6 +80,12 @@ class Rules(Mapping):
   def __len__(self):
     return len(self.rules)
 
+  def __eq__(self, other):
+    return isinstance(other, Rules) and self.rules == other.rules
+
+  def __hash__(self):
+    return hash(self.rules)
+
   def __repr__(self):
     return f'Rules{self.rules}'
 

@@ -69,12 +69,19 @@ def _same(got, want, what):
         f'{what}{path}: {np.count_nonzero(g != w)} of {w.size} entries differ')
 
 
-def _alive(grads, what):
-  """Raises unless every leaf, of every layer, has a gradient in one tree."""
+def _alive(grads, what, like=None):
+  """Raises unless every leaf, of every layer, has a gradient in one tree.
+
+  With `like`, only leaves that have one in that tree: a sparse support that was
+  padded to its stack's size may leave a layer with nothing else.
+  """
   flat = _leaves(*grads)
+  known = _leaves(like)[0] if like is not None else flat[0]
   top = max((np.abs(v).max(initial=0) for f in flat for v in f.values()),
             default=0)
   for path in flat[0]:
+    if like is not None and not known[path].any():
+      continue
     size = np.max([np.abs(f[path]) for f in flat], axis=0)
     assert size.max(initial=0) > DEAD * top, (
         f'{what}{path}: no gradient ({size.max(initial=0):.2g}, where the '
@@ -212,14 +219,18 @@ def traced_once(run):
 
 
 def bfloat16(run):
-  """Computed in bfloat16: finite, close to float32, each layer's own dtype."""
+  """Computed in bfloat16: finite, close to float32, each layer's own dtype.
+
+  Scanned models also store their base in bfloat16; theta stays float32.
+  """
   model = run.model.clone(dtype=jnp.bfloat16)
-  want = _layer_dtypes(
-      lambda p: model.apply({'params': p}, run.x), run.params)
+  params = jax.tree.map(
+      lambda v: v.astype(jnp.bfloat16 if run.scan else v.dtype), run.params)
+  want = _layer_dtypes(lambda p: model.apply({'params': p}, run.x), params)
   fn = lambda p, t: apply(model, run.method, p, t, run.x)[0]
-  for path, dtype in _layer_dtypes(fn, run.params, run.theta).items():
+  for path, dtype in _layer_dtypes(fn, params, run.theta).items():
     assert dtype == want[path], f'{path} gives {dtype}, the base {want[path]}'
-  got = np.asarray(runs.jit(fn)(run.params, run.theta), np.float32)
+  got = np.asarray(runs.jit(fn)(params, run.theta), np.float32)
   want = run.value('').out
   assert np.isfinite(got).all(), 'the output is not finite'
   far = np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -311,7 +322,7 @@ def on_int8(run):
   theta = {**q, **run.theta}
   theta = {m.name: theta[m.name] for m in methods}
   got = run.applied(methods)(theta)
-  _alive([got.grad], 'on int8: ')
+  _alive([got.grad], 'on int8: ', like=run.value('').grad)
   assert np.abs(got.out - run.value('').out).max() > 0, 'int8 does nothing'
   if run.method.fold or run.method.replaces:
     want, _ = run.folded(methods)(theta)

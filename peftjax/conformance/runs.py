@@ -326,7 +326,11 @@ class Run:
         self.start if seed is None else self.subject.theta(self.scan, seed)))
 
   def step(self, traces, sharding=None):
-    """A jitted training step with clipping and weight decay."""
+    """A jitted training step with clipping and weight decay, and its start.
+
+    Returns:
+      (step, `theta -> state of the optimiser`).
+    """
     tx = optax.chain(optax.clip_by_global_norm(0.5),
                      optax.adamw(1e-2, weight_decay=0.1))
 
@@ -341,8 +345,8 @@ class Run:
       theta = theta_lib.combine(optax.apply_updates(trained, updates), frozen)
       return theta_lib.after_step(self.method, theta), state, grads
 
-    state = tx.init(theta_lib.partition(self.method, self.start)[0])
-    return jit(step, out_shardings=sharding), state
+    start = lambda theta: tx.init(theta_lib.partition(self.method, theta)[0])
+    return jit(step, out_shardings=sharding), start
 
   def train(self, devices):
     """STEPS steps on this many devices, the batch split over them."""
@@ -350,9 +354,9 @@ class Run:
     whole, split = (jax.sharding.NamedSharding(
         mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ('data',)))
     traces, grads = [], []
-    step, state = self.step(traces, whole)
+    step, start = self.step(traces, whole)
     params, theta, state = jax.device_put(
-        (self.params, self.start, state), whole)
+        (self.params, self.start, start(self.start)), whole)
     x, y = jax.device_put((self.x, self.y), split)
     _, frozen = jax.device_get(theta_lib.partition(self.method, theta))
     keys = jax.device_put(
@@ -362,8 +366,10 @@ class Run:
       theta, state, g = step(params, theta, state, x, y, key)
       grads.append(jax.device_get(g))
     count = len(traces)
-    _, _, moved = step(params, jax.device_put(self.theta, whole), state, x, y,
-                       keys[0])
+    # Its own state: a sparse support of another theta has other shapes.
+    _, _, moved = step(
+        params, *jax.device_put((self.theta, start(self.theta)), whole), x, y,
+        keys[0])
     return Trained(jax.device_get(theta), grads, jax.device_get(moved), count,
                    frozen, traced)
 
