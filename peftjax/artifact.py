@@ -76,7 +76,8 @@ def save_adapter(path, methods, theta, sites, params, base=''):
   base = dict(base) if hasattr(base, 'items') else dict(weights=base)
   payload = safetensors.numpy.save({n: _raw(a) for n, a in arrays.items()})
   meta = dict(
-      format=FORMAT, peftjax=VERSION, methods=[_spec(n, m) for n, m in named.items()],
+      format=FORMAT, peftjax=VERSION,
+      methods=[_spec(n, m) for n, m in named.items()],
       sites={n: _chosen(n, t, sites) for n, t in theta.items()},
       base=dict(_plain(base, 'base'), fingerprint=trees.fingerprint(params)),
       tensors={n: dict(shape=list(a.shape), dtype=str(a.dtype))

@@ -87,7 +87,7 @@ class Method(NamedTuple):
       that it also runs on convolutions and embeddings.
     labels: Theta leaf -> optimiser group ('b' -> 'fast'); '' is the default.
     penalty: `(theta, aux, step) -> scalar`, theta being {path: t}.
-    after_step: `theta -> theta` after every update, over {path: t}: projections.
+    after_step: `theta -> theta` after every update, over {path: t}: projects.
     phases: Further `phases.Phase`s of a procedure that changes its method.
     check: `{path: Site} -> None`, raises where the chosen sites do not suit.
     tolerance: Largest |adapted - base| at init that the card allows; 0 = exact.

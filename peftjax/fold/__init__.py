@@ -55,8 +55,8 @@ def fold_adapter(adapter_dir, out, weights=None):
     must_fold(name, method)
   out = os.fspath(out)
   if not out.endswith('.safetensors'):
-    raise ValueError(f"out={out!r}: expected a file named '*.safetensors', such "
-                     f'as {out + ".safetensors"!r}')
+    raise ValueError(f"out={out!r}: expected a file named '*.safetensors', "
+                     f'such as {out + ".safetensors"!r}')
   base = meta['base']
   weights = weights or base.get('weights')
   if not weights:

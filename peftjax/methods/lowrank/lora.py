@@ -4,8 +4,8 @@ Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685);
 scaling='rslora': "A Rank Stabilization Scaling Factor for Fine-Tuning with
 LoRA" (arXiv 2312.03732).
 
-  y = x K + b + s (dropout(x) A) B      K [d_in, d_out], A [d_in, r], B [r, d_out]
-  fold: K' = K + s A B                  s = alpha / r, or alpha / sqrt(r) (rsLoRA)
+  y = x K + b + s (dropout(x) A) B    K [d_in, d_out], A [d_in, r], B [r, d_out]
+  fold: K' = K + s A B                s = alpha / r, or alpha / sqrt(r) (rsLoRA)
 
 Init: A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)), B = 0, so the adapted model starts as
 the base. The gradient of A is exactly zero in the first step. The scale is data
@@ -40,7 +40,7 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
 
   Args:
     rank: r, at least 1 and at most the smaller side of the kernel.
-    alpha: Numerator of the scale.
+    alpha: Numerator of the scale, any positive number.
     scaling: 'lora' (alpha / r) or 'rslora' (alpha / sqrt(r)).
     rank_pattern: Ordered (regex, rank) pairs on site paths, or a mapping; the
       first match wins, other sites take `rank`.
@@ -76,7 +76,8 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
 
   def check(found):
     for pattern, _ in rank_pattern + alpha_pattern:
-      if not any(trees.first_match(((pattern, True),), p, False) for p in found):
+      if not any(trees.first_match([(pattern, True)], p, False)
+                 for p in found):
         raise ValueError(
             f'lora: pattern {pattern!r} matches none of its sites'
             f'{nearest(pattern, found)}')
