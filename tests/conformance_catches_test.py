@@ -1,7 +1,5 @@
 """The conformance suite finds what is wrong with broken methods."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest

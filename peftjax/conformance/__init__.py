@@ -10,7 +10,8 @@ model that knows nothing of this library: plain, scanned, rematerialised, both.
 import functools
 from typing import NamedTuple
 
-from peftjax.conformance.checks import CHECKS, ONCE, Skip
+from peftjax.conformance.checks import CHECKS
+from peftjax.conformance.factories import ONCE, Skip
 from peftjax.conformance.runs import FORMS, named, Subject
 from peftjax.method import Method
 

@@ -1,15 +1,12 @@
 """Checks: what must hold for every method.
 
-A check is a function of a `Run`, or in ONCE of a `Subject`. It raises
-AssertionError with figures where a method fails, and Skip with the reason where
-it does not apply.
+A check is a function of a `Run`. It raises AssertionError with figures where a
+method fails, and Skip with the reason where it does not apply.
 """
 
 import functools
-import inspect
 import math
 import os
-import re
 import tempfile
 
 import flax.linen as nn
@@ -24,16 +21,13 @@ from peftjax import sites as sites_lib
 from peftjax import theta as theta_lib
 from peftjax import trees
 from peftjax.apply import apply
+from peftjax.conformance import factories
 from peftjax.conformance import runs
 
 EXACT = 2e-6  # of the largest output: rounding, where exactness is claimed
 CLOSE = 1e-5  # of a leaf's largest entry: two routes to the same numbers
 DEAD = 1e-7  # of the largest gradient: rounding, where a gradient is zero
 BFLOAT16 = 0.05  # of the outputs' norm
-
-
-class Skip(Exception):
-  """A check does not apply; the message says why."""
 
 
 # ----------------------------------------------------------------- helpers
@@ -70,7 +64,7 @@ def _same(got, want, what):
 
 
 def _alive(grads, what, like=None):
-  """Raises unless every leaf, of every layer, has a gradient in one tree.
+  """Raises unless every leaf has a gradient in one of the trees.
 
   With `like`, only leaves that have one in that tree: a sparse support that was
   padded to its stack's size may leave a layer with nothing else.
@@ -91,7 +85,7 @@ def _alive(grads, what, like=None):
 def _trains(run):
   trained, _ = theta_lib.partition(run.method, run.start)
   if not jax.tree.leaves(trained):
-    raise Skip('trains nothing')
+    raise factories.Skip('trains nothing')
 
 
 def _folds(run):
@@ -101,22 +95,8 @@ def _folds(run):
   try:
     folding.fold(run.method, run.params, run.theta, run.sites)
   except ValueError:
-    raise Skip('changes activations: refuses to fold') from None
+    raise factories.Skip('changes activations: refuses to fold') from None
   raise AssertionError('has no fold, yet fold() does not refuse')
-
-
-def _raises(fn, words, what):
-  """Raises unless fn() raises a ValueError that holds all words."""
-  try:
-    fn()
-  except ValueError as e:
-    missing = [w for w in map(str, words) if w not in str(e)]
-    assert not missing, f'{what}: the error does not say {missing}: {e}'
-    return
-  except Exception as e:
-    raise AssertionError(
-        f'{what} raises {type(e).__name__}: {e}; expected a ValueError') from e
-  raise AssertionError(f'{what} is accepted')
 
 
 # ------------------------------------------------- values, in all four forms
@@ -181,7 +161,7 @@ def count_as_declared(run):
   """Trained numbers are what the method's count says, layer by layer."""
   if run.method.count is None:
     if run.subject.phase:
-      raise Skip('a later phase, whose size depends on what was trained')
+      raise factories.Skip('a later phase: its size depends on the data')
     raise AssertionError('has no count: give Method(count=lambda site: ...)')
   trained, _ = theta_lib.partition(run.method, run.start)
   for path, t in trained[run.method.name].items():
@@ -214,8 +194,8 @@ def rematerialised_equals_stored(run):
 def traced_once(run):
   """A second step, on what the first one returned, is not traced again."""
   assert run.trained.traces == 1, (
-      f'{run.trained.traces} traces: after_step changes a dtype or shape, or init '
-      'makes weakly typed arrays (jnp.full(n, 1.0): give a dtype)')
+      f'{run.trained.traces} traces: after_step changes a dtype or shape, or '
+      'init makes weakly typed arrays (jnp.full(n, 1.0): give a dtype)')
 
 
 def bfloat16(run):
@@ -259,8 +239,8 @@ def restored_to_the_bit(run):
         artifact.save_adapter, os.path.join(folder, 'adapter'), run.method,
         run.theta, run.sites, run.params)
     if run.method.spec is None:
-      _raises(save, ['load'], 'saving a method that load did not make')
-      raise Skip('not under peftjax/methods: save_adapter refuses it')
+      factories.raises(save, ['load'], 'saving a method that load did not make')
+      raise factories.Skip('not under peftjax/methods: save_adapter refuses it')
     save()
     back = artifact.load_adapter(
         os.path.join(folder, 'adapter'), run.sites, run.params)
@@ -290,7 +270,7 @@ def lowers_for_tpu(run):
 def devices_agree(run):
   """The batch split over all devices gives the gradients of one device."""
   if run.devices == 1:
-    raise Skip('one device; on a CPU, set XLA_FLAGS='
+    raise factories.Skip('one device; on a CPU, set XLA_FLAGS='
                '--xla_force_host_platform_device_count=8')
   got, want = run.trained.moved, run.value('').grad
   try:
@@ -303,7 +283,7 @@ def quantised_base(run):
   """Works on an int8 base as well, or refuses clearly."""
   refusal = on_int8(run)
   if refusal:
-    raise Skip(f'refuses: {refusal}')
+    raise factories.Skip(f'refuses: {refusal}')
 
 
 def on_int8(run):
@@ -331,86 +311,6 @@ def on_int8(run):
   return ''
 
 
-# ------------------------------------------------------- once, not by form
-ALLOWS = {  # value -> how the docstring's entry of a keyword allows for it
-    0: r'\b0\b|zero|any', -1: r'negative|any|-1', 10**9: r'any|inf|at least'}
-
-
-def bad_hyperparameters(subject):
-  """Absurd numbers raise, or are documented and work."""
-  parameters = inspect.signature(subject.factory).parameters
-  doc = inspect.getdoc(subject.factory) or ''
-  for name, p in parameters.items():
-    if p.default is not None and type(p.default) not in (int, float):
-      continue
-    kind = float if isinstance(p.default, float) else int
-    entry = re.search(rf'^  {name}: (.*(?:\n    .*)*)', doc, re.M)
-    assert entry, f'the docstring has no entry for {name!r}'
-    values = [*ALLOWS, math.nan] if kind is float else ALLOWS
-    for value in values:
-      value = kind(value)
-      if value == p.default:
-        continue
-      what = f'{name}={value}'
-
-      def use(name=name, value=value, what=what):
-        for v in jax.tree.leaves(_one_layer(subject, {name: value})):
-          assert jnp.isfinite(v).all(), f'{what} gives numbers not finite'
-
-      try:
-        use()
-      except ValueError as e:
-        assert str(value) in str(e), f'{what}: the error does not say so: {e}'
-      except TypeError:
-        assert p.default is None, f'{what} raises TypeError, not ValueError'
-      else:
-        allowed = ALLOWS.get(value, '(?!)')
-        assert re.search(allowed, entry[1]), (
-            f'{what} is accepted, but its docstring entry does not allow for '
-            f'it: {entry[1]!r}')
-
-
-def _one_layer(subject, keywords):
-  """Theta and folded parameters of the first site, made op by op."""
-  sites, params, _ = subject.setting(False)
-  method = subject.make(**{**subject.example, **keywords})
-  found = sites_lib.matched(method, sites)
-  site = folding.site_for(method, next(iter(found.values())))
-  own, key = folding.own_leaves(site, trees.flatten(params)), jax.random.key(0)
-  p = {n: v.get(own[v.leaf]) for n, v in site.leaves.items()}
-  t = {**method.shared(key, found), **method.init(key, site, p, None)}
-  if not (method.fold or method.replaces):
-    return t
-  ctx = method_lib.Context(site.path, site)
-  return t, folding.fold_site(method, site.leaves, own, t, ctx)
-
-
-def unknown_hyperparameter(subject):
-  """A misspelt keyword raises and names the nearest."""
-  if subject.method.spec is None:
-    raise Skip('not under peftjax/methods: Python itself refuses')
-  known = list(inspect.signature(subject.factory).parameters)[0]
-  wrong = known[:-1] + 'x' + known[-1:]
-  _raises(lambda: subject.make(**{wrong: 1}), [repr(wrong), repr(known)],
-          f'{wrong}=1')
-
-
-def missing_target(subject):
-  """A selection that matches nothing raises and lists what there is."""
-  if 'sites' not in inspect.signature(subject.factory).parameters:
-    raise AssertionError('the factory has no keyword `sites`')
-  sites, params, _ = subject.setting(False)
-  for keywords, words in (
-      (dict(path='no_such_layer'), ['no_such_layer', next(iter(sites)) or '/']),
-      (dict(kind='Dens'), ['Dens', 'Dense']),
-      (dict(roles='gate'), ['gate'])):
-    method = subject.make(**{**subject.example,
-                             'sites': sites_lib.select(**keywords)})
-    _raises(lambda m=method: theta_lib.init(
-        m, jax.random.key(0), sites, params), words, f'sites={keywords}')
-
-
-ONCE = (bad_hyperparameters, unknown_hyperparameter, missing_target)
 CHECKS = (
     count_as_declared, identity_at_init, layer_equals_fold, gradient_alive,
     rest_is_frozen, scanned_equals_unrolled, rematerialised_equals_stored,
