@@ -12,4 +12,4 @@ from experiments import common
 def get_config(arg=None):
   """The training config; `arg` as in `common.parse_arg`."""
   return common.kmnist(
-      method=(dict(name='selective.full'),), lr=3e-4, arg=arg)
+      method=(dict(name='selective.full'),), lr=1e-3, arg=arg)
