@@ -20,6 +20,7 @@ ROLES = ('q', 'k', 'v', 'o', 'up', 'gate', 'down', 'norm', 'embed', 'head')
 
 # Ordered (pattern on the path, role); the first match wins.
 ROLE_RULES = (
+    (r'(^|/)head/', 'head'),
     (r'(^|/)(q|query|q_proj|query_proj|to_q|wq|q_lin)$', 'q'),
     (r'(^|/)(k|key|k_proj|key_proj|to_k|wk|k_lin)$', 'k'),
     (r'(^|/)(v|value|v_proj|value_proj|to_v|wv|v_lin)$', 'v'),

@@ -1,0 +1,174 @@
+"""What the backbones share: attention read, norms, rotary positions, stacking.
+
+Letters: B batch, T queries, S keys, H heads, K key-value heads, h head width,
+d model width.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from peftjax.method import nearest
+
+
+def quick_gelu(x):
+  """x sigmoid(1.702 x), CLIP's."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By the names that checkpoints' config files use.
+ACTIVATIONS = {
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu_new': jax.nn.gelu,
+    'gelu_pytorch_tanh': jax.nn.gelu,
+    'quick_gelu': quick_gelu,
+    'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
+    'swish': jax.nn.silu,
+}
+
+
+def activation(name):
+  """The function of that name; an unknown one is a ValueError."""
+  if name not in ACTIVATIONS:
+    raise ValueError(f'unknown activation {name!r}{nearest(name, ACTIVATIONS)}')
+  return ACTIVATIONS[name]
+
+
+def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
+  """Softmax attention, its scores and weights in float32.
+
+  Args:
+    q: [B, T, H, h].
+    k, v: [B, S, K, h]; K divides H, and each serves H / K heads.
+    mask: Booleans that broadcast to [B, H, T, S], True where a query may look;
+      None: everywhere.
+    bias: Added to the scores, broadcasts to [B, H, T, S]; None: nothing.
+    scale: Factor of the scores; None: 1 / sqrt(h).
+    softcap: c in c tanh(scores / c), before bias and mask; None: no cap.
+
+  Returns:
+    [B, T, H, h] in v's dtype. A query that may look nowhere gets the mean of v.
+  """
+  scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+  groups = q.shape[2] // k.shape[2]
+  if groups > 1:
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+  # Softmax in float32: in bfloat16 its sums lose the small weights.
+  s = jnp.einsum('bthd,bshd->bhts', q * jnp.asarray(scale, q.dtype), k,
+                 preferred_element_type=jnp.float32)
+  if softcap is not None:
+    s = softcap * jnp.tanh(s / softcap)
+  if bias is not None:
+    s = s + bias
+  if mask is not None:
+    s = jnp.where(mask, s, jnp.finfo(s.dtype).min)
+  w = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+  return jnp.einsum('bhts,bshd->bthd', w, v)
+
+
+def padding_mask(mask):
+  """[B, S] booleans or 0/1, True for real tokens -> [B, 1, 1, S]; None stays."""
+  return None if mask is None else mask.astype(bool)[:, None, None, :]
+
+
+def causal_mask(queries, keys, window=None):
+  """Positions [B, T] and [B, S] -> [B, 1, T, S], True where a query may look.
+
+  window: a query sees its own and the window - 1 positions before it.
+  """
+  ahead = queries[:, None, :, None] - keys[:, None, None, :]
+  return (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale in float32, over the last axis.
+
+  Attributes:
+    eps: Added to the mean of squares.
+    offset: Added to the stored scale: 1 for Gemma, whose scales start at 0.
+    dtype: Of the result.
+
+  Source: "Root Mean Square Layer Normalization" (arXiv 1910.07467).
+  """
+
+  eps: float = 1e-6
+  offset: float = 0.
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.constant(1. - self.offset)
+    scale = self.param('scale', init, (x.shape[-1],)).astype(jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * (scale + self.offset)).astype(self.dtype)
+
+
+def rotary(x, positions, inverse_frequency):
+  """Rotates pairs (x[i], x[i + h/2]) by positions * inverse_frequency[i].
+
+  Args:
+    x: [B, T, H, h].
+    positions: [B, T] or [1, T] integers.
+    inverse_frequency: [h / 2], radians a position.
+
+  Returns:
+    Like x; the angles are in float32.
+
+  Source: "RoFormer" (arXiv 2104.09864), with the halves of a head as pairs,
+  as the checkpoints of the Llama family are stored.
+  """
+  angle = positions[..., None].astype(jnp.float32) * inverse_frequency
+  cos, sin = (f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return y.astype(x.dtype)
+
+
+def stacked(block, depth, scan, remat, inputs=(), outputs=0):
+  """Makes the layer stack of a backbone; call it in `setup`.
+
+  Args:
+    block: Partial of a Linen class, block() -> module, whose __call__ is
+      `(u, *args) -> (u, out)`.
+    depth: Number of blocks.
+    scan: One scanned module with stacked parameters, else a list of modules.
+    remat: Recompute blocks in the backward pass.
+    inputs: For each of *args, 0 if it has a leading axis over layers, or
+      nn.broadcast if all layers see the same.
+    outputs: The same for out; 0 stacks.
+
+  Returns:
+    The module or the list; run it with `run_stack`.
+  """
+  cls, args, kwargs = block.func, block.args, block.keywords
+  # Under scan the loop itself keeps XLA from merging the recomputation.
+  cls = nn.remat(cls, prevent_cse=not scan) if remat else cls
+  if not scan:
+    return [cls(*args, **kwargs) for _ in range(depth)]
+  return nn.scan(
+      cls, variable_axes={'params': 0, 'aux': 0},
+      split_rngs={'params': True, 'dropout': True}, length=depth,
+      in_axes=tuple(inputs), out_axes=outputs)(*args, **kwargs)
+
+
+def run_stack(blocks, u, *args, inputs=()):
+  """Runs what `stacked` made: -> (u, outs with a leading axis over layers).
+
+  inputs: as given to `stacked`.
+  """
+  if not isinstance(blocks, (list, tuple)):
+    return blocks(u, *args)
+  outs = []
+  for i, block in enumerate(blocks):
+    now = [jax.tree.map(lambda x, i=i: x[i], a) if axis == 0 else a
+           for a, axis in zip(args, inputs, strict=True)]
+    u, out = block(u, *now)
+    outs.append(out)
+  if any(jax.tree.leaves(o) for o in outs):
+    return u, jax.tree.map(lambda *x: jnp.stack(x), *outs)
+  return u, None
