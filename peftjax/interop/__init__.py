@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints and adapters, both ways."""
