@@ -47,7 +47,9 @@ def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
     k, v: [B, S, K, h]; K divides H, and each serves H / K heads.
     mask: Booleans that broadcast to [B, H, T, S], True where a query may look;
       None: everywhere.
-    bias: Added to the scores, broadcasts to [B, H, T, S]; None: nothing.
+    bias: Added to the scores, broadcasts to [B, H, T, S]; None: nothing. Where
+      mask or bias know fewer than S keys, a method has put the others in front:
+      every query may look at these, with no bias.
     scale: Factor of the scores; None: 1 / sqrt(h).
     softcap: c in c tanh(scores / c), before bias and mask; None: no cap.
 
@@ -64,11 +66,19 @@ def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
   if softcap is not None:
     s = softcap * jnp.tanh(s / softcap)
   if bias is not None:
-    s = s + bias
+    s = s + for_keys(bias, k.shape[1], 0)
   if mask is not None:
-    s = jnp.where(mask, s, jnp.finfo(s.dtype).min)
+    s = jnp.where(for_keys(mask, k.shape[1], True), s, jnp.finfo(s.dtype).min)
   w = jax.nn.softmax(s, axis=-1).astype(v.dtype)
   return jnp.einsum('bhts,bshd->bthd', w, v)
+
+
+def for_keys(x, keys, value):
+  """x [..., n] with `value` in front, [..., keys]; a last axis of 1 stays."""
+  new = keys - x.shape[-1]
+  if x.shape[-1] == 1 or new <= 0:
+    return x
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(new, 0)], constant_values=value)
 
 
 def padding_mask(mask):
