@@ -45,11 +45,11 @@ def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
   Args:
     q: [B, T, H, h].
     k, v: [B, S, K, h]; K divides H, and each serves H / K heads.
-    mask: Booleans that broadcast to [B, H, T, S], True where a query may look;
-      None: everywhere.
-    bias: Added to the scores, broadcasts to [B, H, T, S]; None: nothing. Where
-      mask or bias know fewer than S keys, a method has put the others in front:
-      every query may look at these, with no bias.
+    mask: Booleans [..., S] that broadcast to [B, H, T, S], True where a query
+      may look; None: everywhere.
+    bias: Added to the scores, [..., S] as mask; None: nothing. Where mask or
+      bias know fewer than S keys, a method has put the others in front: every
+      query may look at these, with no bias.
     scale: Factor of the scores; None: 1 / sqrt(h).
     softcap: c in c tanh(scores / c), before bias and mask; None: no cap.
 
@@ -74,9 +74,9 @@ def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
 
 
 def for_keys(x, keys, value):
-  """x [..., n] with `value` in front, [..., keys]; a last axis of 1 stays."""
+  """x [..., n] with `value` in front of the n: [..., keys]."""
   new = keys - x.shape[-1]
-  if x.shape[-1] == 1 or new <= 0:
+  if not new:
     return x
   return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(new, 0)], constant_values=value)
 
@@ -117,6 +117,21 @@ class RMSNorm(nn.Module):
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     return (y * (scale + self.offset)).astype(self.dtype)
+
+
+class LayerScale(nn.Module):
+  """x * scale over the last axis; scale starts at `start`.
+
+  Source: "Going deeper with Image Transformers" (arXiv 2103.17239).
+  """
+
+  start: float = 1.
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.constant(self.start)
+    return x * self.param('scale', init, (x.shape[-1],)).astype(self.dtype)
 
 
 def rotary(x, positions, inverse_frequency):
