@@ -1,8 +1,14 @@
-"""Vision transformer with hook methods.
+"""Vision transformers with hook methods: plain ViT, ViT, DeiT, DINOv2.
 
-Pre-norm blocks, no class token: the head reads the mean over tokens. Positions
-are learned, from sines and cosines as their start. Letters: B batch, T tokens,
-d width, H heads.
+Pre-norm blocks and learned positions. Without attributes: no class token, the
+head reads the mean over tokens. Letters: B batch, T tokens, d width, H heads.
+
+             tokens               pool                  else
+  plain ViT  ()                   'mean'
+  ViT        ('cls',)             'class'               act 'gelu', eps 1e-12
+  DeiT       ('cls', 'distilled') 'class' or 'pair'     act 'gelu', eps 1e-12
+  DINOv2     ('cls',)             'class_mean'          layer_scale; gated;
+                                                        registers
 
 Four ordinary methods are places where a fine-tuning method can step in,
 because `nn.intercept_methods` sees every method of every module:
@@ -17,7 +23,10 @@ Scale" (Dosovitskiy et al., arXiv 2010.11929). Mean over tokens and sines and
 cosines for the positions are those of "Better plain ViT baselines for
 ImageNet-1k" (Beyer et al., arXiv 2205.01580), where they stay fixed. A small
 random start instead is drowned out by the patches and slows the learning of
-shapes down. No dropout.
+shapes down. "Training data-efficient image transformers & distillation through
+attention" (DeiT, arXiv 2012.12877). "DINOv2: Learning Robust Visual Features
+without Supervision" (arXiv 2304.07193); registers: "Vision Transformers Need
+Registers" (arXiv 2309.16588). No dropout.
 """
 
 import functools
@@ -27,6 +36,13 @@ from typing import Any, Optional
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from peftjax.models.layers import activation, LayerScale, run_stack, stacked
+
+HEADS = (None, 'pool', 'classify')
+# Of the learned tokens, how many each reads.
+POOLS = {'mean': 0, 'class': 1, 'class_mean': 1, 'pair': 2}
 
 
 class Attention(nn.Module):
@@ -34,6 +50,7 @@ class Attention(nn.Module):
 
   heads: int
   dtype: Any = jnp.float32
+  qkv_bias: bool = True
 
   @nn.compact
   def __call__(self, x, mask=None):
@@ -44,7 +61,8 @@ class Attention(nn.Module):
           f'out of {[h for h in range(1, d + 1) if d % h == 0]}')
     dense = functools.partial(nn.Dense, d, dtype=self.dtype)
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, d // self.heads)
-    q, k, v = (split(dense(name=n)(x)) for n in ('query', 'key', 'value'))
+    q, k, v = (split(dense(name=n, use_bias=self.qkv_bias)(x))
+               for n in ('query', 'key', 'value'))
     y = self.attend(q, k, v, mask)
     return dense(name='out')(y.reshape(x.shape))
 
@@ -64,33 +82,57 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two-layer perceptron over the last axis, [B, T, d] -> [B, T, d]."""
+  """Two-layer perceptron over the last axis, [B, T, d] -> [B, T, d].
+
+  gated: silu(gate) * up, one layer as checkpoints store it, not act(up).
+  """
 
   dim: int
   dtype: Any = jnp.float32
+  act: str = 'gelu_new'
+  gated: bool = False
 
   @nn.compact
   def __call__(self, x):
-    h = nn.Dense(self.dim, dtype=self.dtype, name='up')(x)
-    h = nn.gelu(h, approximate=True)
+    if self.gated:
+      h = nn.Dense(2 * self.dim, dtype=self.dtype, name='gate_up')(x)
+      gate, up = jnp.split(h, 2, axis=-1)
+      h = nn.silu(gate) * up
+    else:
+      h = nn.Dense(self.dim, dtype=self.dtype, name='up')(x)
+      h = activation(self.act)(h)
     return nn.Dense(x.shape[-1], dtype=self.dtype, name='down')(h)
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block, u [B, T, d] -> (u, None), as nn.scan wants."""
+  """Pre-norm transformer block, u [B, T, d] -> (u, None), as nn.scan wants.
+
+  Attributes as in `ViT`.
+  """
 
   heads: int
   mlp_dim: int
   dtype: Any = jnp.float32
+  act: str = 'gelu_new'
+  gated: bool = False
+  qkv_bias: bool = True
+  layer_scale: Optional[float] = None
+  eps: float = 1e-6
 
   @nn.compact
   def __call__(self, u, mask=None):
-    x = nn.LayerNorm(dtype=self.dtype, name='norm1')(u)
-    a = Attention(self.heads, self.dtype, name='attn')(x, mask)
-    u = self.join(u, x, a, 'attn')
-    x = nn.LayerNorm(dtype=self.dtype, name='norm2')(u)
-    a = Mlp(self.mlp_dim, self.dtype, name='mlp')(x)
-    return self.join(u, x, a, 'mlp'), None
+    norm = functools.partial(nn.LayerNorm, epsilon=self.eps, dtype=self.dtype)
+    x = norm(name='norm1')(u)
+    a = Attention(self.heads, self.dtype, self.qkv_bias, name='attn')(x, mask)
+    u = self.join(u, x, self.scaled(a, 'scale1'), 'attn')
+    x = norm(name='norm2')(u)
+    a = Mlp(self.mlp_dim, self.dtype, self.act, self.gated, name='mlp')(x)
+    return self.join(u, x, self.scaled(a, 'scale2'), 'mlp'), None
+
+  def scaled(self, a, name):
+    if self.layer_scale is None:
+      return a
+    return LayerScale(self.layer_scale, self.dtype, name=name)(a)
 
   def join(self, u, x, a, which):
     """Residual join of stream u, sub-layer input x and output a [B, T, d].
@@ -110,6 +152,35 @@ def sine_positions(rows, columns, d):
   return jnp.concatenate(pos, axis=-1)[None, :, :d]
 
 
+def bicubic(old, new):
+  """Weights [new, old] of cubic interpolation from `old` to `new` points.
+
+  Centres of pixels as coordinates, edges repeated, a = -0.75: what checkpoints
+  made for one image size are stretched by for another.
+  """
+  at = (np.arange(new) + 0.5) * old / new - 0.5
+  first, a = np.floor(at).astype(int), -0.75
+  out = np.zeros((new, old), np.float32)
+  for k in range(-1, 3):
+    t = np.abs(at - first - k)
+    w = np.where(t <= 1, (a + 2) * t**3 - (a + 3) * t**2 + 1,
+                 a * (t**3 - 5 * t**2 + 8 * t - 4))
+    np.add.at(out, (np.arange(new), np.clip(first + k, 0, old - 1)), w)
+  return out
+
+
+class PairHead(nn.Module):
+  """Mean of two linear heads, [B, 2 d] (class, distilled) -> [B, classes]."""
+
+  classes: int
+
+  @nn.compact
+  def __call__(self, h):
+    a, b = (nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name=n)(x)
+            for n, x in zip(('cls', 'distilled'), jnp.split(h, 2, axis=-1)))
+    return (a + b) / 2
+
+
 class ViT(nn.Module):
   """Vision transformer, images [B, H, W, 3] -> logits [B, classes].
 
@@ -124,6 +195,21 @@ class ViT(nn.Module):
     scan: stack the blocks into one scanned module 'blocks' instead of
       'block_0', 'block_1', ...: faster to compile.
     remat: recompute the blocks in the backward pass: less memory.
+    head: 'classify' (logits), 'pool' (what `readout` returns) or None (all
+      tokens [B, T, d] after the final norm).
+    tokens: names of learned tokens before the patches, with positions.
+    registers: number of learned tokens after those, without positions.
+    pool: what the head reads: 'mean' over all tokens, 'class', the first token;
+      'class_mean', it and the mean over patches, [B, 2 d]; 'pair', the first
+      two tokens, [B, 2 d], each with a linear head of its own.
+    image: (H, W) that positions are made for; images of other sizes get them
+      interpolated. None: whatever the model is initialised with, and no other.
+    act: activation of the perceptrons, by the name in layers.ACTIVATIONS.
+    gated: silu-gated perceptrons.
+    qkv_bias: query, key and value have biases.
+    layer_scale: start of a trained factor a channel on what a block's
+      sub-layers put out; None: no such factor.
+    eps: of the norms.
   """
 
   classes: int = 10
@@ -135,41 +221,66 @@ class ViT(nn.Module):
   dtype: Any = jnp.float32
   scan: bool = False
   remat: bool = False
+  head: Optional[str] = 'classify'
+  tokens: tuple[str, ...] = ()
+  registers: int = 0
+  pool: str = 'mean'
+  image: Optional[tuple[int, int]] = None
+  act: str = 'gelu_new'
+  gated: bool = False
+  qkv_bias: bool = True
+  layer_scale: Optional[float] = None
+  eps: float = 1e-6
 
   def setup(self):
-    # Under scan the loop itself keeps XLA from merging the recomputation.
-    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
-    args = (self.heads, self.mlp_dim, self.dtype)
+    for name, value, known in (('head', self.head, HEADS),
+                               ('pool', self.pool, POOLS)):
+      if value not in known:
+        raise ValueError(f'ViT: unknown {name} {value!r}; expected one of '
+                         f'{[*known]}')
+    if len(self.tokens) < POOLS[self.pool]:
+      raise ValueError(f'ViT: pool {self.pool!r} reads {POOLS[self.pool]} '
+                       f'learned tokens, and there are {self.tokens}')
+    blocks = stacked(functools.partial(
+        Block, self.heads, self.mlp_dim, self.dtype, self.act, self.gated,
+        self.qkv_bias, self.layer_scale, self.eps), self.depth, self.scan,
+                     self.remat, inputs=(nn.broadcast,))
     if self.scan:
-      self.blocks = nn.scan(
-          block, variable_axes={'params': 0, 'aux': 0},
-          split_rngs={'params': True, 'dropout': True}, length=self.depth,
-          in_axes=nn.broadcast)(*args)
+      self.blocks = blocks
     else:
-      self.block = [block(*args) for _ in range(self.depth)]  # block_0, ...
-    self.norm = nn.LayerNorm(dtype=self.dtype)
-    self.head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros)
+      self.block = blocks  # block_0, block_1, ...
+    self.norm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype)
+    if self.head == 'classify':
+      self.classifier = PairHead(self.classes, name='head') if (
+          self.pool == 'pair') else nn.Dense(
+              self.classes, kernel_init=nn.initializers.zeros, name='head')
 
   def __call__(self, images):
-    return self.head(self.features(images))
+    if self.head is None:
+      return self.hidden(images)
+    h = self.features(images)
+    return self.classifier(h) if self.head == 'classify' else h
 
   def features(self, images, mask: Optional[jax.Array] = None):
-    """Images [B, H, W, 3] -> features [B, d], what the head reads.
+    """Images [B, H, W, 3] -> features [B, d or 2 d], what the head reads.
 
     mask: [B, T] booleans, False for tokens that nothing may look at.
     """
-    u = self.embed(images)
+    return self.readout(self.hidden(images, mask), mask)
+
+  def hidden(self, images, mask=None):
+    """Images [B, H, W, 3] -> tokens [B, T, d] after the final norm."""
     pairs = None if mask is None else mask[:, None, None, :]
-    if self.scan:
-      u, _ = self.blocks(u, pairs)
-    else:
-      for block in self.block:
-        u, _ = block(u, pairs)
-    return self.readout(self.norm(u), mask)
+    u, _ = run_stack(self.blocks if self.scan else self.block,
+                     self.embed(images), pairs, inputs=(nn.broadcast,))
+    return self.norm(u)
 
   @nn.compact
   def embed(self, images):
-    """Images [B, H, W, 3] -> tokens [B, T, d], positions added."""
+    """Images [B, H, W, 3] -> tokens [B, T, d], positions added.
+
+    T: self.tokens, registers, and the patches row by row.
+    """
     if images.ndim != 4 or images.shape[-1] != 3:
       raise ValueError(
           f'images of shape {images.shape}: expected [B, H, W, 3]')
@@ -181,14 +292,58 @@ class ViT(nn.Module):
             f'{(side // self.patch + 1) * self.patch}')
     x = nn.Conv(self.width, (self.patch,) * 2, (self.patch,) * 2, 'VALID',
                 dtype=self.dtype, name='patch')(images)
-    init = lambda key, *shape: sine_positions(*shape)
-    pos = self.param('pos', init, *x.shape[1:])
-    return x.reshape(x.shape[0], -1, self.width) + pos.astype(x.dtype)
+    pos = self.positions(x.shape[1:3], images.shape[1:3]).astype(x.dtype)
+    x = x.reshape(x.shape[0], -1, self.width)
+    n, start = len(self.tokens), nn.initializers.normal(0.02)
+    x = x + pos[:, n:]
+    counts = dict.fromkeys(self.tokens, 1)
+    if self.registers:
+      counts['registers'] = self.registers
+    before = [self.param(name, start, (1, m, self.width))
+              for name, m in counts.items()]
+    if not before:
+      return x
+    before = jnp.concatenate(before, axis=1).astype(x.dtype)
+    before = before.at[:, :n].add(pos[:, :n])
+    before = jnp.broadcast_to(before, (x.shape[0], *before.shape[1:]))
+    return jnp.concatenate([before, x], axis=1)
+
+  def positions(self, grid, size):
+    """Positions [1, n + rows * columns, d] of n tokens and a grid of patches.
+
+    size: of the images in pixels, for the message.
+    """
+    n = len(self.tokens)
+    own = tuple(s // self.patch for s in self.image) if self.image else grid
+    if not self.image and self.has_variable('params', 'pos'):
+      there = self.get_variable('params', 'pos').shape[1] - n
+      if there != grid[0] * grid[1]:
+        side = math.isqrt(there) * self.patch
+        raise ValueError(
+            f'images of {size[0]} x {size[1]} pixels have {grid[0] * grid[1]} '
+            f'patches, and the positions are for {there}; nearest: {side} x '
+            f'{side}')
+    init = lambda key: jnp.pad(
+        sine_positions(*own, self.width), ((0, 0), (n, 0), (0, 0)))
+    pos = self.param('pos', init)
+    if own == tuple(grid):
+      return pos
+    y, x = (bicubic(a, b) for a, b in zip(own, grid))
+    patches = pos[:, n:].reshape(1, *own, self.width)
+    patches = jnp.einsum('yr,xc,brcd->byxd', y, x, patches)
+    return jnp.concatenate(
+        [pos[:, :n], patches.reshape(1, -1, self.width)], axis=1)
 
   def readout(self, h, mask=None):
-    """Mean over tokens: h [B, T, d], mask [B, T] or None -> [B, d]."""
+    """Tokens h [B, T, d], mask [B, T] or None -> [B, d or 2 d], as `pool`."""
     h = h.astype(jnp.float32)
-    if mask is None:
-      return h.mean(axis=1)
-    w = mask.astype(h.dtype)[..., None]
-    return (h * w).sum(axis=1) / jnp.maximum(w.sum(axis=1), 1.)
+    first = {'mean': (), 'pair': (h[:, 0], h[:, 1])}.get(self.pool, (h[:, 0],))
+    if self.pool.endswith('mean'):
+      skip = len(self.tokens) + self.registers if first else 0
+      h, mask = h[:, skip:], None if mask is None else mask[:, skip:]
+      if mask is None:
+        first = (*first, h.mean(axis=1))
+      else:
+        w = mask.astype(h.dtype)[..., None]
+        first = (*first, (h * w).sum(axis=1) / jnp.maximum(w.sum(axis=1), 1.))
+    return jnp.concatenate(first, axis=-1)
