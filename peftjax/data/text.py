@@ -17,12 +17,12 @@ What is longer than T is cut and counted: every function returns a Report, and
 logs it in one line.
 """
 
-from typing import NamedTuple
-
-from absl import logging
 import numpy as np
 
+from peftjax.data import encoding
+from peftjax.data.chat import encode_messages
 from peftjax.data.chat import prompt_format
+from peftjax.data.encoding import Report
 from peftjax.data.tokenizer import check_fits
 from peftjax.data.tokenizer import load_tokenizer
 from peftjax.data.tokenizer import Tokenizer
@@ -30,16 +30,8 @@ from peftjax.method import nearest
 
 __all__ = [
     'Report', 'Tokenizer', 'check_fits', 'encode_classification', 'encode_lm',
-    'encode_pairs', 'encode_prompts', 'encode_seq2seq', 'encode_tagging',
+    'encode_messages', 'encode_pairs', 'encode_prompts', 'encode_seq2seq', 'encode_tagging',
     'load_tokenizer']
-
-
-class Report(NamedTuple):
-  """What encoding did to the examples."""
-  examples: int      # how many there were
-  truncated: int     # how many were cut to fit
-  longest: int       # tokens of the longest, before cutting
-  unlabelled: int = 0  # tagging: words whose tag no token carries
 
 
 def encode_classification(examples, tokenizer, length, classes=None):
@@ -58,16 +50,16 @@ def encode_classification(examples, tokenizer, length, classes=None):
     all labels are whole numbers by type, else float32; absent if examples
     have none.
   """
-  rows = _rows(examples)
-  first = _texts(rows, 'text')
-  second = _texts(rows, 'text_b') if 'text_b' in rows[0] else None
+  rows = encoding.read_rows(examples)
+  first = encoding.texts_of(rows, 'text')
+  second = encoding.texts_of(rows, 'text_b') if 'text_b' in rows[0] else None
   encodings, report = _encode(tokenizer, first, second, length)
-  arrays = _padded([e.ids for e in encodings], length, tokenizer.pad)
+  arrays = encoding.padded([e.ids for e in encodings], length, tokenizer.pad)
   if second:
-    arrays['types'] = _fill([e.type_ids for e in encodings], length, 0)
+    arrays['types'] = encoding.fill([e.type_ids for e in encodings], length, 0)
   if any('label' in row for row in rows):
     arrays['label'] = _labels(rows, classes)
-  return arrays, _logged('classification', report, length)
+  return arrays, encoding.logged('classification', report, length)
 
 
 def encode_tagging(examples, tokenizer, length, tags):
@@ -83,12 +75,13 @@ def encode_tagging(examples, tokenizer, length, tags):
     (dict(ids, mask, labels), Report). Report.unlabelled counts the words that
     were cut off or that the tokenizer gives no token.
   """
-  rows = _rows(examples)
+  rows = encoding.read_rows(examples)
   classes = {tag: i for i, tag in enumerate(tags)}
-  words = [_value(rows, i, 'tokens', (list, tuple)) for i in range(len(rows))]
+  words = [encoding.value_of(rows, i, 'tokens', (list, tuple))
+           for i in range(len(rows))]
   wanted = []
   for i, row in enumerate(rows):
-    named = _value(rows, i, 'tags', (list, tuple))
+    named = encoding.value_of(rows, i, 'tags', (list, tuple))
     if len(named) != len(words[i]):
       raise ValueError(f'example {i} has {len(words[i])} words and '
                        f'{len(named)} tags; expected as many')
@@ -101,17 +94,17 @@ def encode_tagging(examples, tokenizer, length, tags):
   spaced = 'ByteLevel' in str(tokenizer.core.pre_tokenizer)
   texts = [[f' {w}' if spaced else w for w in ws] for ws in words]
   encodings, report = _encode(tokenizer, texts, None, length, words=True)
-  arrays = _padded([e.ids for e in encodings], length, tokenizer.pad)
+  arrays = encoding.padded([e.ids for e in encodings], length, tokenizer.pad)
   arrays['labels'] = np.full((len(rows), length), -1, np.int32)
   lost = 0
-  for i, encoding in enumerate(encodings):
+  for i, tokens in enumerate(encodings):
     seen = set()
-    for t, word in enumerate(encoding.word_ids):
+    for t, word in enumerate(tokens.word_ids):
       if word is not None and word not in seen:
         seen.add(word)
         arrays['labels'][i, t] = wanted[i][word]
     lost += len(words[i]) - len(seen)
-  return arrays, _logged(
+  return arrays, encoding.logged(
       'tagging', report._replace(unlabelled=lost), length)
 
 
@@ -133,8 +126,8 @@ def encode_lm(examples, tokenizer, length, rows='chunks'):
   """
   if rows not in ('chunks', 'texts'):
     raise ValueError(f'rows {rows!r}{nearest(rows, ("chunks", "texts"))}')
-  _check_length(length, 2)
-  texts = _texts(_rows(examples), 'text')
+  encoding.check_length(length, 2)
+  texts = encoding.texts_of(encoding.read_rows(examples), 'text')
   ids = [_ended(i, tokenizer) for i in tokenizer.encode(texts)]
   longest = max(map(len, ids))
   if rows == 'texts':
@@ -148,10 +141,10 @@ def encode_lm(examples, tokenizer, length, rows='chunks'):
                        'expected 2 or more')
     ids = [stream[i:i + length]
            for i in range(0, len(stream) - 1, length - 1)]
-  arrays = _padded(ids, length, tokenizer.pad)
+  arrays = encoding.padded(ids, length, tokenizer.pad)
   arrays['weights'] = arrays['mask'].astype(np.float32)
   arrays['weights'][:, 0] = 0
-  return arrays, _logged('lm', Report(len(texts), cut, longest), length)
+  return arrays, encoding.logged('lm', Report(len(texts), cut, longest), length)
 
 
 def encode_seq2seq(examples, tokenizer, length, layout='decoder',
@@ -180,32 +173,33 @@ def encode_seq2seq(examples, tokenizer, length, layout='decoder',
   Raises:
     ValueError: also for a target without any token.
   """
-  rows = _rows(examples)
-  sources, targets = _texts(rows, 'source'), _texts(rows, 'target')
+  rows = encoding.read_rows(examples)
+  sources, targets = encoding.texts_of(rows, 'source'), encoding.texts_of(rows, 'target')
   if layout == 'encdec':
     return _encdec(sources, targets, tokenizer, length,
                    target_length or length, start)
   if layout != 'decoder':
     raise ValueError(f'layout {layout!r}'
                      f'{nearest(layout, ("decoder", "encdec"))}')
-  _check_length(length, 2)
+  encoding.check_length(length, 2)
   prompts = _prompts(sources, tokenizer, prompt)
   answers = [i if tokenizer.eos is None else i + [tokenizer.eos]
              for i in tokenizer.encode(targets, special=False)]
   _check_answers(answers)
+  first = encoding.starts(tokenizer)
   joined, asked, cut, longest = [], [], 0, 0
   for question, answer in zip(prompts, answers):
     longest = max(longest, len(question) + len(answer))
     cut += len(question) + len(answer) > length
     room = max(length - len(answer), min(len(question), length // 2))
-    question = _tail(question, room, _starts(tokenizer))
+    question = _tail(question, room, first)
     joined.append((question + answer)[:length])
     asked.append(len(question))
-  arrays = _padded(joined, length, tokenizer.pad)
+  arrays = encoding.padded(joined, length, tokenizer.pad)
   # Nothing comes before the first token, so that nothing predicts it.
   after = np.arange(length) >= np.maximum(asked, 1)[:, None]
   arrays['weights'] = (arrays['mask'] & after).astype(np.float32)
-  return arrays, _logged('seq2seq', Report(len(rows), cut, longest), length)
+  return arrays, encoding.logged('seq2seq', Report(len(rows), cut, longest), length)
 
 
 def encode_prompts(examples, tokenizer, length, prompt='plain'):
@@ -214,13 +208,14 @@ def encode_prompts(examples, tokenizer, length, prompt='plain'):
   Returns:
     (dict(ids, mask), Report); a prompt too long loses its beginning.
   """
-  sources = _texts(_rows(examples), 'source')
+  sources = encoding.texts_of(encoding.read_rows(examples), 'source')
   prompts = _prompts(sources, tokenizer, prompt)
   longest = max(map(len, prompts))
   cut = sum(len(p) > length for p in prompts)
-  prompts = [_tail(p, length, _starts(tokenizer)) for p in prompts]
-  return (_padded(prompts, length, tokenizer.pad),
-          _logged('prompts', Report(len(prompts), cut, longest), length))
+  first = encoding.starts(tokenizer)
+  prompts = [_tail(p, length, first) for p in prompts]
+  return (encoding.padded(prompts, length, tokenizer.pad),
+          encoding.logged('prompts', Report(len(prompts), cut, longest), length))
 
 
 def encode_pairs(examples, tokenizer, length):
@@ -230,62 +225,39 @@ def encode_pairs(examples, tokenizer, length):
     (dict(ids, mask, ids_b, mask_b, and label if examples have one), Report)
     for retrieval; row n of both belongs together.
   """
-  rows = _rows(examples)
+  rows = encoding.read_rows(examples)
   arrays, reports = {}, []
   for suffix, column in (('', 'text'), ('_b', 'text_b')):
     encodings, report = _encode(
-        tokenizer, _texts(rows, column), None, length)
-    padded = _padded([e.ids for e in encodings], length, tokenizer.pad)
-    arrays.update({f'{k}{suffix}': a for k, a in padded.items()})
+        tokenizer, encoding.texts_of(rows, column), None, length)
+    both = encoding.padded([e.ids for e in encodings], length, tokenizer.pad)
+    arrays.update({f'{k}{suffix}': a for k, a in both.items()})
     reports.append(report)
   if any('label' in row for row in rows):
     arrays['label'] = _labels(rows, None)
   a, b = reports
-  return arrays, _logged('pairs', Report(
+  return arrays, encoding.logged('pairs', Report(
       2 * a.examples, a.truncated + b.truncated, max(a.longest, b.longest)),
                          length)
 
 
 def _encdec(sources, targets, tokenizer, length, target_length, start):
   encodings, report = _encode(tokenizer, sources, None, length)
-  arrays = _padded([e.ids for e in encodings], length, tokenizer.pad)
+  arrays = encoding.padded([e.ids for e in encodings], length, tokenizer.pad)
   answers = [_ended(i, tokenizer) for i in tokenizer.encode(targets)]
   _check_answers(answers)
   cut = sum(len(a) > target_length for a in answers)
   longest = max(report.longest, *map(len, answers))
-  padded = _padded([a[:target_length] for a in answers], target_length,
-                   tokenizer.pad)
-  out = padded['ids']
+  answers = encoding.padded(
+      [a[:target_length] for a in answers], target_length, tokenizer.pad)
+  out = answers['ids']
   first = np.full((len(out), 1), tokenizer.pad if start is None else start,
                   np.int32)
   arrays.update(
       targets_in=np.concatenate([first, out[:, :-1]], axis=1),
-      targets_out=out, target_weights=padded['mask'].astype(np.float32))
+      targets_out=out, target_weights=answers['mask'].astype(np.float32))
   report = Report(report.examples, report.truncated + cut, longest)
-  return arrays, _logged('seq2seq', report, length)
-
-
-def _rows(examples):
-  rows = [examples[i] for i in range(len(examples))]
-  if not rows:
-    raise ValueError('no examples; expected 1 or more')
-  return rows
-
-
-def _value(rows, i, column, kind):
-  """Column of example i; a ValueError if it is missing or of another type."""
-  if column not in rows[i]:
-    raise ValueError(f'example {i} has no {column!r}'
-                     f'{nearest(column, rows[i])}')
-  value = rows[i][column]
-  if not isinstance(value, kind):
-    name = 'text' if kind is str else 'a list'
-    raise ValueError(f'{column!r} of example {i} is {value!r}; expected {name}')
-  return value
-
-
-def _texts(rows, column):
-  return [_value(rows, i, column, str) for i in range(len(rows))]
+  return arrays, encoding.logged('seq2seq', report, length)
 
 
 def _labels(rows, classes):
@@ -305,11 +277,6 @@ def _labels(rows, classes):
   return np.array(labels, np.int32 if whole else np.float32)
 
 
-def _check_length(length, least):
-  if length < least:
-    raise ValueError(f'length {length}; choose {least} or more')
-
-
 def _check_answers(answers):
   for i, answer in enumerate(answers):
     if not answer:
@@ -321,7 +288,7 @@ def _encode(tokenizer, first, second, length, words=False):
   """-> (encodings of at most `length` tokens, Report)."""
   core = tokenizer.core
   special = core.num_special_tokens_to_add(second is not None)
-  _check_length(length, special + (1 if second is None else 2))
+  encoding.check_length(length, special + (1 if second is None else 2))
   # The fast variant does not tell which word a token came from.
   batch = core.encode_batch if words else core.encode_batch_fast
   pairs = first if second is None else list(zip(first, second))
@@ -349,17 +316,6 @@ def _rooms(sizes, total):
   return [shorter, total - shorter] if a <= b else [total - shorter, shorter]
 
 
-def _starts(tokenizer):
-  """How many special tokens a text begins with."""
-  return tokenizer.core.num_special_tokens_to_add(False) - _ends(tokenizer)
-
-
-def _ends(tokenizer):
-  """Whether the tokenizer itself puts eos behind a text."""
-  return tokenizer.eos is not None and (
-      tokenizer.encode(['a'])[0][-1:] == [tokenizer.eos])
-
-
 def _ended(ids, tokenizer):
   """ids with eos at their end, if there is one."""
   eos = tokenizer.eos
@@ -369,7 +325,7 @@ def _ended(ids, tokenizer):
 def _prompts(sources, tokenizer, prompt):
   """Ids of prompts, as a text begins, with nothing behind them."""
   ids = tokenizer.encode([prompt_format(prompt)(s) for s in sources])
-  return [i[:-1] for i in ids] if _ends(tokenizer) else ids
+  return [i[:-1] for i in ids] if encoding.ends(tokenizer) else ids
 
 
 def _tail(ids, room, starts):
@@ -378,25 +334,3 @@ def _tail(ids, room, starts):
     return ids
   starts = min(starts, room)
   return ids[:starts] + ids[len(ids) - (room - starts):]
-
-
-def _fill(rows, length, value):
-  out = np.full((len(rows), length), value, np.int32)
-  for row, values in zip(out, rows):
-    row[:len(values)] = values
-  return out
-
-
-def _padded(rows, length, pad):
-  """Lists of at most `length` ids -> dict(ids, mask)."""
-  sizes = np.array([len(row) for row in rows])
-  return dict(ids=_fill(rows, length, pad),
-              mask=np.arange(length) < sizes[:, None])
-
-
-def _logged(what, report, length):
-  lost = f', {report.unlabelled} words without label' * bool(report.unlabelled)
-  log = logging.warning if report.truncated or lost else logging.info
-  log('%s: %d of %d examples cut to %d tokens, the longest had %d%s', what,
-      report.truncated, report.examples, length, report.longest, lost)
-  return report
