@@ -21,8 +21,9 @@ _FAMILY = {
 }
 MODEL_TYPES = tuple(_FAMILY)
 
-_CLASS = {None: 'Model', 'pool': 'Model', 'classify': 'ForSequenceClassification',
-          'tag': 'ForTokenClassification', 'mlm': 'ForMaskedLM'}
+_CLASS = {
+    None: 'Model', 'pool': 'Model', 'classify': 'ForSequenceClassification',
+    'tag': 'ForTokenClassification', 'mlm': 'ForMaskedLM'}
 
 # Settings by our attribute: (key, default), with DistilBERT's own keys.
 _KEYS = {
@@ -87,21 +88,21 @@ _BLOCK_DISTILBERT = {
     'norm2': 'output_layer_norm',
 }
 
-# Layout -> head -> {layer (or leaf) of ours: stored name}; '/' as in Tensor.
+# Layout -> head -> {layer of ours: stored name}; '/' as in Tensor.
 _HEAD = {
     'bert': {
         'classify': {'dense': 'pooler.dense', 'out': '/classifier'},
         'tag': {'out': '/classifier'},
         'mlm': {'dense': '/cls.predictions.transform.dense',
                 'norm': '/cls.predictions.transform.LayerNorm',
-                'bias': '/cls.predictions.bias'},
+                'out': '/cls.predictions'},
     },
     'roberta': {
         'classify': {'dense': '/classifier.dense',
                      'out': '/classifier.out_proj'},
         'tag': {'out': '/classifier'},
         'mlm': {'dense': '/lm_head.dense', 'norm': '/lm_head.layer_norm',
-                'bias': '/lm_head.bias'},
+                'out': '/lm_head'},
     },
     'electra': {
         'classify': {'dense': '/classifier.dense',
@@ -109,13 +110,13 @@ _HEAD = {
         'tag': {'out': '/classifier'},
         'mlm': {'dense': '/generator_predictions.dense',
                 'norm': '/generator_predictions.LayerNorm',
-                'bias': '/generator_lm_head.bias'},
+                'out': '/generator_lm_head'},
     },
     'distilbert': {
         'classify': {'dense': '/pre_classifier', 'out': '/classifier'},
         'tag': {'out': '/classifier'},
         'mlm': {'dense': '/vocab_transform', 'norm': '/vocab_layer_norm',
-                'bias': '/vocab_projector.bias'},
+                'out': '/vocab_projector'},
     },
 }
 
@@ -147,8 +148,8 @@ def build(config, *, head=None, classes=None, **options):
           for ours, (key, default) in _KEYS_OF[layout].items()}
   if args['act'] not in ACTIVATIONS:
     key = _KEYS_OF[layout]['act'][0]
-    raise ValueError(f'{key} is {args["act"]!r}: expected one of '
-                     f'{sorted(ACTIVATIONS)}{nearest(args["act"], ACTIVATIONS)}')
+    raise ValueError(f'{key} is {args["act"]!r}, which is not supported'
+                     f'{nearest(str(args["act"]), ACTIVATIONS)}')
   if layout == 'roberta':
     args['padding'] = config.get('pad_token_id', 1)
     if args['padding'] is None:
@@ -179,10 +180,9 @@ def names(model, model_type):
     for ours, theirs in block.items():
       out |= _layer(f'block_{i}/{ours}', f'{body}.layer.{i}.{theirs}')
   for ours, theirs in _HEAD[layout].get(model.head, {}).items():
-    if ours == 'bias':
-      out['head/bias'] = Tensor(theirs)
-    else:
-      out |= _layer(f'head/{ours}', theirs)
+    out |= _layer(f'head/{ours}', theirs)
+  if model.head == 'mlm':
+    del out['head/out/kernel']  # The word table is the decoder.
   return out
 
 
@@ -233,7 +233,8 @@ def export(model, model_type):
   layout, cls = _FAMILY[model_type]
   config = {key: getattr(model, ours)
             for ours, (key, _) in _KEYS_OF[layout].items()}
-  config |= dict(model_type=model_type, architectures=[cls + _CLASS[model.head]])
+  config |= dict(
+      model_type=model_type, architectures=[cls + _CLASS[model.head]])
   if layout == 'roberta':
     config['pad_token_id'] = model.padding
   if layout == 'electra':

@@ -103,39 +103,43 @@ class Block(nn.Module):
     return u + a
 
 
+class Bias(nn.Module):
+  """y + bias, over the last axis."""
+
+  @nn.compact
+  def __call__(self, y):
+    return y + self.param('bias', nn.initializers.zeros, (y.shape[-1],))
+
+
 class Head(nn.Module):
-  """Task head: features [B, d] or tokens [B, T, d] -> what `kind` makes of it.
+  """Task head: features [B, d] or tokens [B, T, d] -> logits.
 
   Attributes:
     kind: 'classify': out(act(dense(x))); 'tag': out(x); 'mlm':
-      norm(act(dense(x))), to which the model adds its table and `bias`.
-    outputs: Classes; for 'mlm' the size of the vocabulary.
+      decode(norm(act(dense(x)))) and a bias, where decode is the model's.
+    classes: Outputs of 'classify' and 'tag'.
     dim: Width of the dense layer.
     act: Activation after the dense layer.
     eps: Of the norm.
   """
 
   kind: str
-  outputs: int
+  classes: int
   dim: int
   act: str
   eps: float
 
-  def setup(self):
+  # Not __call__, or the head itself were a layer, one with nothing to train.
+  @nn.compact
+  def logits(self, x, decode):
     if self.kind != 'tag':
-      self.dense = nn.Dense(self.dim)
+      x = nn.Dense(self.dim, name='dense')(x)
+      x = layers.activation(self.act)(x)
     if self.kind == 'mlm':
-      self.norm = nn.LayerNorm(self.eps)
-      self.bias = self.param('bias', nn.initializers.zeros, (self.outputs,))
-    else:
-      self.out = nn.Dense(self.outputs, kernel_init=nn.initializers.zeros)
-
-  def __call__(self, x, decode=None):
-    """decode: for 'mlm', the tied decoder [B, T, dim] -> [B, T, outputs]."""
-    if self.kind == 'tag':
-      return self.out(x)
-    x = layers.activation(self.act)(self.dense(x))
-    return decode(self.norm(x)) + self.bias if decode else self.out(x)
+      x = nn.LayerNorm(self.eps, name='norm')(x)
+      return Bias(name='out')(decode(x))
+    zeros = nn.initializers.zeros
+    return nn.Dense(self.classes, kernel_init=zeros, name='out')(x)
 
 
 class Encoder(nn.Module):
@@ -211,12 +215,12 @@ class Encoder(nn.Module):
       self.blocks = stack
     else:
       self.block = stack  # block_0, block_1, ...
-    if self.head == 'mlm':
-      self.task = Head('mlm', self.vocab, dim, self.mlm_act or self.act,
-                       self.eps, name='head')
-    elif self.head in ('classify', 'tag'):
-      self.task = Head(self.head, self.classes, self.width, self.head_act,
-                       self.eps, name='head')
+    mlm = self.head == 'mlm'
+    if mlm or self.head in ('classify', 'tag'):
+      self.task = Head(
+          self.head, self.classes, dim if mlm else self.width,
+          self.mlm_act or self.act if mlm else self.head_act, self.eps,
+          name='head')
 
   def __call__(self, ids, mask=None, types=None):
     """Runs the model.
@@ -233,23 +237,19 @@ class Encoder(nn.Module):
     if self.head is None:
       return h
     h = h.astype(jnp.float32)
+    if self.head in ('pool', 'classify'):
+      h = self.readout(h, mask)
     if self.head == 'pool':
-      return self.readout(h, mask)
-    if self.head == 'classify':
-      return self.task(self.readout(h, mask))
-    if self.head == 'tag':
-      return self.task(h)
-    return self.task(h, self.word_embed.attend)
+      return h
+    return self.task.logits(h, self.word_embed.attend)
 
   def hidden(self, ids, mask=None, types=None):
     """Hidden states of the last block, [B, T, d]; arguments as for a call."""
-    if mask is not None and mask.shape != ids.shape:
-      raise ValueError(f'mask of shape {mask.shape}: expected {ids.shape}')
+    for name, x in (('mask', mask), ('types', types)):
+      if x is not None and x.shape != ids.shape:
+        raise ValueError(f'{name} of shape {x.shape}: expected {ids.shape}')
     u = self.embed(ids, types)
     front = u.shape[1] - ids.shape[1]
-    if mask is not None:
-      mask = jnp.pad(mask.astype(bool), ((0, 0), (front, 0)),
-                     constant_values=True)
     u, _ = layers.run_stack(
         self.blocks if self.scan else self.block, u, layers.padding_mask(mask),
         inputs=(nn.broadcast,))
