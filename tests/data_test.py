@@ -232,10 +232,10 @@ def test_eval_batches(n, size):
   assert len(batches) == -(-n // size)
   seen = []
   for b in batches:
-    assert b['image'].shape == (size, 2, 2, 3) and b['mask'].shape == (size,)
-    assert b['mask'].dtype == bool
-    assert not b['image'][~b['mask']].any() and not b['label'][~b['mask']].any()
-    seen += b['label'][b['mask']].tolist()
+    assert b['image'].shape == (size, 2, 2, 3) and b['valid'].shape == (size,)
+    assert b['valid'].dtype == bool
+    assert not b['image'][~b['valid']].any() and not b['label'][~b['valid']].any()
+    seen += b['label'][b['valid']].tolist()
   assert seen == list(range(n))
 
 

@@ -109,8 +109,8 @@ def eval_batches(arrays, batch_size):
   """All examples once, in order, in batches of one shape.
 
   Yields:
-    Dicts of arrays [batch_size, ...] and 'mask' [batch_size], bool. The last
-    batch is filled up with zeros, where mask is False.
+    Dicts of arrays [batch_size, ...] and 'valid' [batch_size], bool. The last
+    batch is filled up with zeros, where valid is False.
   """
   n = _size(arrays)
   if batch_size < 1:
@@ -120,7 +120,7 @@ def eval_batches(arrays, batch_size):
     fill = lambda a: np.pad(
         a, [(0, batch_size - rows)] + [(0, 0)] * (a.ndim - 1))
     batch = {k: fill(a[start:start + rows]) for k, a in arrays.items()}
-    yield {**batch, 'mask': np.arange(batch_size) < rows}
+    yield {**batch, 'valid': np.arange(batch_size) < rows}
 
 
 def _size(arrays):
