@@ -70,7 +70,7 @@ def save(path, model, params, model_type=None, like=None, companions=None,
     for i, name in enumerate(tensor.names):
       one = to_stored(tensor.kind, value[i] if tensor.stacked else value,
                       tensor.shape or None)
-      stored = np.ascontiguousarray(one.astype(dtype))
+      stored = np.asarray(one, dtype, order='C')
       if not np.isfinite(stored.astype(np.float32)).all():
         raise ValueError(f'{p}: not finite, or too large for {dtype}')
       tensors[name] = stored

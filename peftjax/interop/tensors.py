@@ -86,4 +86,4 @@ def to_stored(kind, leaf, shape=None):
     return leaf if shape is None else leaf.reshape(shape)
   if kind in _PERM:
     leaf = leaf.transpose(np.argsort(_PERM[kind]))
-  return np.ascontiguousarray(leaf)
+  return np.asarray(leaf, order='C')  # keeps a scalar's shape
