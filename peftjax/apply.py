@@ -281,9 +281,9 @@ def _compute_dtype(module, x, own):
 
 
 # ------------------------------------------------------------------ apply
-def _mode(model, train, args, kwargs):
+def _mode(model, method, train, args, kwargs):
   """Tells a Linen model the mode by the argument name it has for it."""
-  signature = inspect.signature(type(model).__call__)
+  signature = inspect.signature(getattr(type(model), method))
   given = signature.bind_partial(model, *args, **kwargs).arguments
   for name, value in (('train', train), ('deterministic', not train)):
     if name in signature.parameters:
@@ -292,7 +292,7 @@ def _mode(model, train, args, kwargs):
 
 
 def apply(model, methods, params, theta, *args, train=False, rng=None,
-          batch=None, variables=None, sites=None, **kwargs):
+          batch=None, variables=None, sites=None, method='__call__', **kwargs):
   """Runs the adapted model.
 
   Args:
@@ -308,6 +308,8 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
     batch: Side inputs that rules read from their context (task ids).
     variables: Further read-only collections of a Linen model ('batch_stats').
     sites: For functions only: what `describe(params)` returned.
+    method: Name of the Linen model's method to run. One other than __call__
+      may leave layers out, and the theta of these.
     **kwargs: Keyword inputs of the model.
 
   Returns:
@@ -319,6 +321,10 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
   """
   named = as_methods(methods)
   check_theta(named, theta)
+  if not callable(getattr(type(model), method, None)):
+    known = [n for n in vars(type(model)) if not n.startswith('_')]
+    raise ValueError(f'{type(model).__name__} has no method {method!r}'
+                     f'{nearest(method, known)}')
   if not isinstance(model, nn.Module):
     if sites is None:
       sites = sites_lib.describe(params)
@@ -329,14 +335,14 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
   if rng is not None:
     rngs = dict(zip(('params', 'dropout'), jax.random.split(rng)))
   variables = {**(variables or {}), 'params': graft(methods, params, theta)}
-  kwargs = _mode(model, train, args, kwargs)
+  kwargs = _mode(model, method, train, args, kwargs)
   try:
     with nn.intercept_methods(engine):
       out, state = model.apply(
-          variables, *args, rngs=rngs, mutable=['aux'], **kwargs)
+          variables, *args, rngs=rngs, mutable=['aux'], method=method, **kwargs)
   except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError) as e:
     raise ValueError(f'the params tree does not fit the model: {e}') from e
-  for name, by_path in theta.items():
+  for name, by_path in theta.items() if method == '__call__' else ():
     for path, t in by_path.items():
       base, span = views_lib.split_path(path)
       columns = f'{span[0]}:{span[1]}' if span else ''
