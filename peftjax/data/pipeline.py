@@ -84,9 +84,22 @@ def train_iterator(arrays, batch_size, seed, shard_index=0, shard_count=1):
     ...] with get_state() and set_state(state).
   """
   n = _size(arrays)
+  check_batch(n, batch_size, seed, shard_index, shard_count)
+  order = grain.MapDataset.range(n).shuffle(seed=seed).repeat()
+  order = order[shard_index::shard_count].batch(batch_size // shard_count)
+  gather = lambda rows: {k: a[rows] for k, a in arrays.items()}
+  # No threads: a batch is one gather from memory.
+  return iter(order.map(gather).to_iter_dataset(
+      grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def check_batch(n, batch_size, seed, shard_index, shard_count):
+  """Raises a ValueError unless n examples give such batches and shards."""
   if not 1 <= batch_size <= n:
     raise ValueError(
         f'batch_size {batch_size} with {n} examples; choose 1 to {n}')
+  if shard_count < 1:
+    raise ValueError(f'shard_count {shard_count}; choose 1 or more')
   if batch_size % shard_count:
     divisors = [d for d in range(1, batch_size + 1) if batch_size % d == 0]
     near = min(divisors, key=lambda d: abs(d - shard_count))
@@ -97,12 +110,8 @@ def train_iterator(arrays, batch_size, seed, shard_index=0, shard_count=1):
     raise ValueError(
         f'shard_index {shard_index} with {shard_count} shards; choose 0 to '
         f'{shard_count - 1}')
-  order = grain.MapDataset.range(n).shuffle(seed=seed).repeat()
-  order = order[shard_index::shard_count].batch(batch_size // shard_count)
-  gather = lambda rows: {k: a[rows] for k, a in arrays.items()}
-  # No threads: a batch is one gather from memory.
-  return iter(order.map(gather).to_iter_dataset(
-      grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+  if seed < 0:
+    raise ValueError(f'seed {seed}; choose 0 or more')
 
 
 def eval_batches(arrays, batch_size):
@@ -113,6 +122,9 @@ def eval_batches(arrays, batch_size):
     batch is filled up with zeros, where valid is False.
   """
   n = _size(arrays)
+  if 'valid' in arrays:
+    raise ValueError(f"arrays {sorted(arrays)}; 'valid' is the name of what "
+                     'tells examples from filling')
   if batch_size < 1:
     raise ValueError(f'batch_size {batch_size}; choose 1 or more')
   for start in range(0, n, batch_size):
