@@ -61,7 +61,8 @@ def build(config, *, head=None, classes=None, **options):
       tokens=('cls',), pool='class')
   if args['act'] not in ACTIVATIONS:
     raise ValueError(f'hidden_act is {args["act"]!r}: expected one of '
-                     f'{sorted(ACTIVATIONS)}{nearest(args["act"], ACTIVATIONS)}')
+                     f'{sorted(ACTIVATIONS)}'
+                     f'{nearest(args["act"], ACTIVATIONS)}')
   if dino:
     ratio, gated = config.get('mlp_ratio', 4), config.get('use_swiglu_ffn')
     args |= dict(pool='class_mean', gated=bool(gated),
