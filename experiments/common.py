@@ -16,7 +16,7 @@ HEAD = dict(name='selective.full', sites=dict(roles='head'), group='head')
 
 _SHORT = dict(lr='optim.lr')
 _LOCAL = {'steps': 2, 'batch': 16, 'eval_batch': 32, 'data.train': 64,
-          'data.test': 32}
+          'data.validation': 32, 'data.test': 32}
 
 
 def base():

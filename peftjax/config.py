@@ -23,7 +23,7 @@ SPLITS = ('test', 'validation', 'train')
 COSMETIC = ('log_every', 'eval_every', 'checkpoint_every', 'keep')
 
 # Keys below which anything may stand; checked where it is used.
-_FREE = ('method', 'shard_rules', 'optim.groups')
+_FREE = ('method', 'shard_rules', 'optim.groups', 'data.options')
 
 
 def defaults():
@@ -34,11 +34,22 @@ def defaults():
   c.batch = 32
   c.eval_batch = 200
   c.eval_split = 'test'
+  c.eval_before = True  # also before the first step
   c.dtype = 'float32'  # of the computation; parameters stay float32
-  # name: module of peftjax.models; weights: name or path for load_weights.
-  c.model = dict(name='vit', weights='vit_s', scan=False, remat=False)
-  # The first `train` and `test` images of the splits; 0: all.
-  c.data = dict(name='kmnist', train=800, test=0)
+  # weights: what `bases.load` takes: the name of a weight file of the package, a
+  # path of one, or a folder in Hugging Face's layout; name: the module of
+  # peftjax.models that it must be of, '': any.
+  c.model = dict(name='', weights='vit_s', scan=False, remat=False)
+  # name, path, options: as `data.sources.open_split` takes them. The first so
+  # many examples of the splits are used; 0: all.
+  c.data = dict(name='kmnist', path='', train=800, validation=0, test=0,
+                options={})
+  c.task = dict(
+      name='image',  # see peftjax.tasks
+      metric='',  # that learning rates are chosen by; '': the task's first
+      head='',  # of the model; '': the task's
+      tokenizer='',  # folder or file; '': where the weights are
+      length=128)  # most tokens of a text
   # ({'name': 'lowrank.lora', 'rank': 8}, ...), innermost first.
   c.method = ()
   c.loss = dict(label_smoothing=0.0)
@@ -85,7 +96,8 @@ def check(config):
     if value not in choices:
       raise ValueError(f'{key}={value!r}{nearest(value, choices)}')
   for key, least in (('steps', 0), ('seed', 0), ('batch', 1), ('eval_batch', 1),
-                     ('data.train', 0), ('data.test', 0), ('log_every', 1),
+                     ('data.train', 0), ('data.validation', 0),
+                     ('data.test', 0), ('task.length', 1), ('log_every', 1),
                      ('eval_every', 0), ('checkpoint_every', 0), ('keep', 1)):
     if _get(have, key) < least:
       raise ValueError(f'{key}={_get(have, key)}: expected at least {least}')

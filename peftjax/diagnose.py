@@ -11,7 +11,8 @@ from peftjax.method import as_methods, Method
 _NAME = 'probe'
 
 
-def nonfinite_site(model, methods, params, theta, sites, *args, rng=None):
+def nonfinite_site(model, methods, params, theta, sites, *args, rng=None,
+                   **kwargs):
   """Path of the first site whose adapted output is not finite, or None.
 
   A last method is put around every layer that has parameters and reports on
@@ -25,6 +26,7 @@ def nonfinite_site(model, methods, params, theta, sites, *args, rng=None):
     sites: What `describe` returned.
     *args: Inputs of the model in that step.
     rng: Key of that step.
+    **kwargs: Further inputs of the model.
   """
 
   def layer(f, x, t, ctx):
@@ -42,10 +44,11 @@ def nonfinite_site(model, methods, params, theta, sites, *args, rng=None):
            for path, site in sites.items() if site.params}
   theta = {**theta, name: marks}
 
-  def run(params, theta, args):
-    return apply(model, methods, params, theta, *args, train=True, rng=rng)[1]
+  def run(params, theta, args, kwargs):
+    return apply(model, methods, params, theta, *args, train=True, rng=rng,
+                 **kwargs)[1]
 
-  aux = trees.flatten(jax.jit(run)(params, theta, args))
+  aux = trees.flatten(jax.jit(run)(params, theta, args, kwargs))
   bad = {}
   for path in marks:
     base, _ = views_lib.split_path(path)

@@ -14,61 +14,112 @@ from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
+from peftjax import case as case_lib
+from peftjax import config as config_lib
 from peftjax import sharding
 from peftjax.apply import apply
 from peftjax.artifact import load_adapter
 from peftjax.data import pipeline
-from peftjax.models.weights import load_weights, read_config
+from peftjax.method import nearest
 from peftjax.sites import describe
+from peftjax.tasks import classification
 
 
-def evaluator(model, methods, arrays, batch, mesh=None):
+def evaluator(model, methods, arrays, batch, mesh=None, task=None):
   """Makes `(params, theta) -> metrics`, compiled once however often it is run.
 
   Args:
-    model: A Linen module, images [B, ...] -> logits [B, classes].
+    model: A Linen module.
     methods: As given to `init`; () for the base alone, with theta {}.
-    arrays: dict(image [N, ...], label [N]).
-    batch: Images at a time; rounded up to what divides over the mesh.
+    arrays: {name: [N, ...]}, what the task's batches are rows of.
+    batch: Rows at a time; rounded up to what divides over the mesh.
     mesh: From `sharding.make_mesh`; by default one device.
+    task: A `tasks.base.Task`; None: images [B, ...] -> logits [B, classes],
+      with arrays image and label.
 
   Returns:
-    A function to dict(accuracy, loss, n): the mean of correct first choices and
-    of the cross-entropy in nats over all n examples.
+    A function to {metric: value} with what the task's `metrics` has, the mean
+    loss, and n, the number of examples. With `write=True` there are also the
+    metrics of what the model writes, where the task has such.
   """
+  if task is None:
+    task = classification.classify(
+        'image', classification.image_inputs,
+        max(2, int(np.max(arrays['label'])) + 1))
   mesh = mesh or sharding.make_mesh(dict(data=1, model=1))
   parts = mesh.shape['data']
-  batch = -(-min(batch, len(arrays['label'])) // parts) * parts
+  rows = len(next(iter(arrays.values())))
+  batch = -(-min(batch, rows) // parts) * parts
   place = sharding.batch_sharding(mesh)
 
-  @jax.jit
   def sums(params, theta, batch):
-    logits, _ = apply(model, methods, params, theta, batch['image'])
-    logits = logits.astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(
-        logits, batch['label'])
-    right = logits.argmax(-1) == batch['label']
-    mask = batch['mask']
+    args, kwargs = task.inputs(batch)
+    out, _ = apply(model, methods, params, theta, *args, **kwargs)
+    loss, weight = task.loss(out, batch)
     # Filled-up rows may hold anything, NaN too: chosen away, not multiplied.
-    return dict(loss=jnp.where(mask, loss, 0).sum(),
-                right=jnp.where(mask, right, False).sum(), n=mask.sum())
+    loss = jnp.where(batch['valid'], loss, 0).sum()
+    if weight is not None:
+      weight = jnp.where(batch['valid'], weight, 0).sum()
+    return loss, weight, task.measure(out, batch)
 
-  def run(params, theta):
-    found = [sums(params, theta, sharding.put_global(b, place))
-             for b in pipeline.eval_batches(arrays, batch)]
-    total = {k: sum(v[k].item() for v in jax.device_get(found))
-             for k in ('loss', 'right', 'n')}
-    return dict(accuracy=total['right'] / total['n'],
-                loss=total['loss'] / total['n'], n=total['n'])
+  # Every process gets all rows of what is measured.
+  sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
+
+  def run(params, theta, write=False):
+    found = jax.device_get([
+        sums(params, theta, sharding.put_global(b, place))
+        for b in pipeline.eval_batches(arrays, batch)])
+    loss = sum(v[0].item() for v in found)
+    weights = [v[1] for v in found]
+    total = rows if weights[0] is None else sum(w.item() for w in weights)
+    kept = {k: np.concatenate([v[2][k] for v in found])[:rows]
+            for k in found[0][2]}
+    out = dict(task.metrics(kept), loss=loss / max(total, 1e-8), n=rows)
+    if write and task.generate:
+      out |= task.generate(model, methods, params, theta, arrays, mesh)
+    return out
 
   return run
 
 
-def evaluate(model, methods, params, theta, arrays, batch=200, mesh=None):
+def evaluate(model, methods, params, theta, arrays, batch=200, mesh=None,
+             task=None):
   """Metrics of the adapted model over all examples; see `evaluator`."""
-  return evaluator(model, methods, arrays, batch, mesh)(params, theta)
+  return evaluator(model, methods, arrays, batch, mesh, task)(
+      params, theta, write=True)
+
+
+def config_of(meta, weights=None, data=None, where='the adapter'):
+  """The config of the case that an adapter was trained on.
+
+  Args:
+    meta: `Adapter.meta`, whose entry 'base' names weights, data and task.
+    weights, data: In the place of what it names; None: what it names.
+    where: The adapter, for messages.
+
+  Raises:
+    ValueError: weights or data that nobody names, or a task of another version.
+  """
+  base = meta['base']
+  weights, data = weights or base.get('weights'), data or base.get('data')
+  for value, flag in ((weights, 'weights'), (data, 'data')):
+    if not value:
+      raise ValueError(f'{where} does not name its {flag}; give --{flag}')
+  config = config_lib.defaults()
+  config.model.weights, config.model.scan = weights, bool(base.get('scan'))
+  config.data.name = data
+  if data == base.get('data'):
+    config.data.path = base.get('path', '')
+    config.data.options = base.get('options', {})
+  # An adapter that names no task is of images, the first task there was.
+  for key, value in base.get('task', {}).items():
+    if key not in config.task:
+      raise ValueError(f'{where}: unknown setting task.{key}'
+                       f'{nearest(key, config.task)}')
+    config.task[key] = value
+  return config
 
 
 def evaluate_adapter(path, weights=None, data=None, split='test', batch=200):
@@ -79,7 +130,7 @@ def evaluate_adapter(path, weights=None, data=None, split='test', batch=200):
     weights: Name or path of the base, if not what the adapter says.
     data: Data set, if not what the adapter says.
     split: Its part: 'train', 'validation' or 'test'.
-    batch: Images at a time.
+    batch: Examples at a time.
 
   Returns:
     dict(base, adapted: metrics; data, split, trained, stored: counts).
@@ -87,21 +138,20 @@ def evaluate_adapter(path, weights=None, data=None, split='test', batch=200):
   Raises:
     ValueError: another base, or one that neither adapter nor caller names.
   """
-  base = load_adapter(path).meta['base']
-  weights, data = weights or base.get('weights'), data or base.get('data')
-  for value, flag in ((weights, 'weights'), (data, 'data')):
-    if not value:
-      raise ValueError(f'{path} does not name its {flag}; give --{flag}')
-  model, params = load_weights(
-      weights, classes=base.get('classes'), scan=bool(base.get('scan')))
-  shape = tuple(read_config(weights)['input'])
-  sites = describe(model, jax.ShapeDtypeStruct(shape, jnp.float32))
+  meta = load_adapter(path).meta
+  config = config_of(meta, weights, data, path)
+  config.data.train = 0  # all
+  case = case_lib.load(config, (split,), meta['base'].get('classes'))
+  model, params = case.base.model, case.base.params
+  args, kwargs = case.example()
+  sites = describe(model, *args, **kwargs)
   methods, theta, meta = load_adapter(path, sites, params)
-  arrays = pipeline.load_split(data, split, size=shape[1])
+  run = lambda *a: evaluate(
+      model, *a, case.arrays[split], batch, task=case.task)
   return dict(
-      base=evaluate(model, (), params, {}, arrays, batch),
-      adapted=evaluate(model, methods, params, theta, arrays, batch),
-      data=data, split=split, trained=meta['trained'], stored=meta['stored'])
+      base=run((), params, {}), adapted=run(methods, params, theta),
+      data=config.data.name, split=split, trained=meta['trained'],
+      stored=meta['stored'])
 
 
 def main(argv):

@@ -38,29 +38,40 @@ def labels(methods, theta):
           for name, by_path in theta.items()}
 
 
-def schedule(config, steps):
+def warmup(config, steps):
+  """Number of steps of the warm-up in a schedule over `steps`."""
+  return round(config.warmup * steps)
+
+
+def schedule(config, steps, warm=None):
   """Factor on the learning rates at every step, `count -> factor`.
 
-  A linear warm-up to 1 over round(warmup * steps) steps, whose first step is
-  not zero; then 'cosine' or 'linear' down to 0 at `steps`, or 'constant'.
+  A linear warm-up to 1, whose first step is not zero; then 'cosine' or 'linear'
+  down to 0 at `steps`, or 'constant'.
+
+  Args:
+    config: `config.optim`.
+    steps: Number of steps; it may be traced, and then `warm` is needed.
+    warm: Steps of the warm-up; None: as `warmup` says.
   """
-  warm = round(config.warmup * steps)
+  warm = warmup(config, steps) if warm is None else warm
 
   def factor(count):
-    u = jnp.clip((count - warm) / max(steps - warm, 1), 0, 1)
+    u = jnp.clip((count - warm) / jnp.maximum(steps - warm, 1), 0, 1)
     decay = dict(cosine=(1 + jnp.cos(jnp.pi * u)) / 2, linear=1 - u,
                  constant=jnp.ones_like(u))[config.schedule]
-    return jnp.minimum((count + 1) / max(warm, 1), decay)
+    return jnp.minimum((count + 1) / jnp.maximum(warm, 1), decay)
 
   return factor
 
 
-def settings(config, used):
+def settings(config, used, lr=None):
   """{group: {'lr', 'weight_decay', 'clip'}} of all groups in `used`.
 
   Args:
     config: `config.optim`.
     used: Names of groups that leaves of theta are in.
+    lr: Used for config.lr; it may be traced. None: config.lr.
 
   Raises:
     ValueError: the config names an unknown group or setting, gives both lr and
@@ -78,7 +89,7 @@ def settings(config, used):
       if value is not None and not value >= 0:
         raise ValueError(
             f'optim.groups.{name}.{key}={value}: expected at least 0')
-  out = {}
+  out, lr = {}, config.lr if lr is None else lr
   for name in sorted(used):
     given = {k: v for k, v in config.groups.get(name, {}).items()
              if v is not None}
@@ -90,13 +101,13 @@ def settings(config, used):
       preset.pop('lr_abs', None)
     s = {**preset, **given}
     out[name] = dict(
-        lr=s.get('lr_abs', config.lr * s.get('lr', 1.0)),
+        lr=s.get('lr_abs', lr * s.get('lr', 1.0)),
         weight_decay=s.get('weight_decay', config.weight_decay),
         clip=s.get('clip', config.clip))
   return out
 
 
-def make(config, methods, theta, steps):
+def make(config, methods, theta, steps, warm=None, lr=None):
   """AdamW by groups.
 
   Args:
@@ -105,6 +116,7 @@ def make(config, methods, theta, steps):
     methods: As given to `init`.
     theta: The trained part of theta, or its shapes.
     steps: Number of steps that the schedule spans.
+    warm, lr: As in `schedule` and `settings`; steps, warm and lr may be traced.
 
   Returns:
     An optax transformation of trees like `theta`.
@@ -113,9 +125,9 @@ def make(config, methods, theta, steps):
     ValueError: as `settings`.
   """
   tree = labels(methods, theta)
-  factor = schedule(config, steps)
+  factor = schedule(config, steps, warm)
   groups = {}
-  for name, s in settings(config, set(jax.tree.leaves(tree))).items():
+  for name, s in settings(config, set(jax.tree.leaves(tree)), lr).items():
     adamw = optax.adamw(
         lambda count, lr=s['lr']: lr * factor(count), config.b1, config.b2,
         config.eps, weight_decay=s['weight_decay'])

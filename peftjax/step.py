@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from peftjax import diagnose
@@ -27,12 +28,14 @@ from peftjax import optim
 from peftjax import sharding
 from peftjax import theta as theta_lib
 from peftjax.apply import apply
+from peftjax.tasks.base import mean_loss, Task
 
 
-class Task(NamedTuple):
+class Run(NamedTuple):
   """What stays the same in all steps of a run."""
 
   config: Any
+  task: Task
   model: nn.Module
   params: Any  # on the devices
   sites: Any
@@ -42,11 +45,11 @@ class Task(NamedTuple):
 
 
 # ----------------------------------------------------------------------- state
-def layout(task, stage, theta):
+def layout(run, stage, theta):
   """Optimiser, shapes and shardings of the state of one stage.
 
   Args:
-    task: The run.
+    run: The run.
     stage: A `phases.Stage`.
     theta: Its theta, or the shapes of it.
 
@@ -54,17 +57,17 @@ def layout(task, stage, theta):
     (optax transformation, ShapeDtypeStructs, shardings), the last two like a
     state.
   """
-  config = task.config.optim
+  config = run.config.optim
   split = lambda tree: theta_lib.partition(stage.methods, tree)
   trained, frozen = split(theta)
   trained_at, frozen_at = split(sharding.theta_sharding(
-      task.mesh, task.sites, task.params_at, theta))
-  everywhere = sharding.replicated(task.mesh)
+      run.mesh, run.sites, run.params_at, theta))
+  everywhere = sharding.replicated(run.mesh)
   tx = optim.make(config, stage.methods, trained, stage.end - stage.start)
   opt = jax.eval_shape(tx.init, trained)
   one = jax.ShapeDtypeStruct((), jnp.int32)
   shapes = dict(
-      step=one, bad=one, rng=jax.eval_shape(jax.random.key_data, task.key),
+      step=one, bad=one, rng=jax.eval_shape(jax.random.key_data, run.key),
       trained=trained, frozen=frozen, opt=opt)
   at = dict(step=everywhere, bad=everywhere, rng=everywhere,
             trained=trained_at, frozen=frozen_at,
@@ -74,19 +77,20 @@ def layout(task, stage, theta):
   return tx, jax.eval_shape(lambda s: s, shapes), at
 
 
-def start(task, stage, theta, step):
+def start(run, stage, theta, step):
   """The state at the beginning of a stage, on the devices."""
-  tx, _, at = layout(task, stage, theta)
+  tx, _, at = layout(run, stage, theta)
 
-  def make(theta, rng):
+  def make(theta, rng, step):
     trained, frozen = theta_lib.partition(stage.methods, theta)
-    state = dict(step=jnp.int32(step), bad=jnp.int32(-1), rng=rng,
+    state = dict(step=step, bad=jnp.int32(-1), rng=rng,
                  trained=trained, frozen=frozen, opt=tx.init(trained))
-    if task.config.optim.ema:
+    if run.config.optim.ema:
       state['ema'] = jax.tree.map(jnp.copy, trained)  # both are donated
     return state
 
-  return jax.jit(make, out_shardings=at)(theta, jax.random.key_data(task.key))
+  return jax.jit(make, out_shardings=at)(
+      theta, jax.random.key_data(run.key), np.int32(step))
 
 
 def theta_of(state):
@@ -105,22 +109,20 @@ def step_key(rng, step):
   return jax.random.fold_in(jax.random.wrap_key_data(rng), step)
 
 
-def make_loss(task, stage):
-  """`(trained, frozen, params, batch, rng, step) -> (loss, logits)`.
+def make_loss(run, stage):
+  """`(trained, frozen, params, batch, rng, step) -> (loss, model's output)`.
 
-  Cross-entropy in nats, mean over images [B], plus the methods' penalties.
+  The task's loss of the batch, plus the methods' penalties.
   """
-  smoothing = task.config.loss.label_smoothing
+  smoothing = run.config.loss.label_smoothing
 
   def loss_fn(trained, frozen, params, batch, rng, step):
     theta = theta_lib.combine(trained, frozen)
-    logits, aux = apply(task.model, stage.methods, params, theta,
-                        batch['image'], train=True, rng=rng)
-    logits = logits.astype(jnp.float32)
-    target = optax.smooth_labels(
-        jax.nn.one_hot(batch['label'], logits.shape[-1]), smoothing)
-    loss = optax.softmax_cross_entropy(logits, target).mean()
-    return loss + theta_lib.penalty(stage.methods, theta, aux, step), logits
+    args, kwargs = run.task.inputs(batch)
+    out, aux = apply(run.model, stage.methods, params, theta, *args,
+                     train=True, rng=rng, **kwargs)
+    loss = mean_loss(*run.task.loss(out, batch, smoothing))
+    return loss + theta_lib.penalty(stage.methods, theta, aux, step), out
 
   return loss_fn
 
@@ -133,19 +135,21 @@ def update(stage, tx, state, grads):
   return (*theta_lib.partition(stage.methods, theta), opt)
 
 
-def make_step(task, stage, tx):
-  """`(state, params, batch) -> (state, metrics)`.
+def make_step(run, stage):
+  """`(state, params, batch, pace) -> (state, metrics)`; pace as from `pace_of`.
 
   A step whose loss or result is not finite changes nothing, nor does any after
   it, until the host has noticed.
   """
-  config = task.config.optim
-  loss_fn = make_loss(task, stage)
-  factor = optim.schedule(config, stage.end - stage.start)
+  config = run.config.optim
+  loss_fn = make_loss(run, stage)
 
-  def step_fn(state, params, batch):
+  def step_fn(state, params, batch, pace):
     step = state['step']
-    (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    tx = optim.make(config, stage.methods, state['trained'], **{
+        k: pace[k] for k in ('steps', 'warm', 'lr')})
+    factor = optim.schedule(config, pace['steps'], pace['warm'])
+    (loss, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         state['trained'], state['frozen'], params, batch,
         step_key(state['rng'], step), step)
     trained, frozen, opt = update(stage, tx, state, grads)
@@ -159,35 +163,46 @@ def make_step(task, stage, tx):
     new = jax.tree.map(lambda n, o: jnp.where(bad < 0, n, o), new, state)
     new |= dict(step=step + 1, bad=bad)
     return new, dict(
-        loss=loss, accuracy=(logits.argmax(-1) == batch['label']).mean(),
-        grad_norm=optax.tree.norm(grads), bad=bad,
-        lr=config.lr * factor(step - stage.start))
+        run.task.watch(out, batch), loss=loss, bad=bad,
+        grad_norm=optax.tree.norm(grads),
+        lr=pace['lr'] * factor(step - pace['start']))
 
   return step_fn
 
 
-def compile_step(task, stage, state, image_shape):
+def pace_of(run, stage):
+  """Learning rate and steps of a stage, on the devices.
+
+  They are arguments of the step, not constants in it: runs that differ in them
+  (and in the seed) alone share one compiled program through jax's cache.
+  """
+  config, steps = run.config.optim, stage.end - stage.start
+  pace = dict(lr=np.float32(config.lr), start=np.int32(stage.start),
+              steps=np.int32(steps), warm=np.int32(optim.warmup(config, steps)))
+  return sharding.put_global(pace, sharding.replicated(run.mesh))
+
+
+def compile_step(run, stage, state, arrays):
   """Compiles the step of a stage, once, ahead of time.
 
   Args:
-    task: The run.
+    run: The run.
     stage: A `phases.Stage`.
     state: The state; it is donated when the step is called.
-    image_shape: Shape of one image.
+    arrays: {name: [N, ...]}; a batch has config.batch rows of them.
 
   Returns:
     (compiled step, optimiser). A state or a batch of another shape is an error
     when it is called: there is no second trace.
   """
-  tx, _, at = layout(task, stage, theta_of(state))
-  b, place = task.config.batch, sharding.batch_sharding(task.mesh)
-  batch = dict(
-      image=jax.ShapeDtypeStruct(
-          (b, *image_shape), jnp.float32, sharding=place),
-      label=jax.ShapeDtypeStruct((b,), jnp.int32, sharding=place))
-  step = jax.jit(make_step(task, stage, tx), donate_argnums=0,
-                 out_shardings=(at, sharding.replicated(task.mesh)))
-  return step.lower(state, task.params, batch).compile(), tx
+  tx, _, at = layout(run, stage, theta_of(state))
+  b, place = run.config.batch, sharding.batch_sharding(run.mesh)
+  batch = {k: jax.ShapeDtypeStruct((b, *v.shape[1:]), v.dtype, sharding=place)
+           for k, v in arrays.items()}
+  step = jax.jit(make_step(run, stage), donate_argnums=0,
+                 out_shardings=(at, sharding.replicated(run.mesh)))
+  return step.lower(
+      state, run.params, batch, pace_of(run, stage)).compile(), tx
 
 
 def peak_bytes(compiled):
@@ -199,11 +214,11 @@ def peak_bytes(compiled):
           + m.temp_size_in_bytes - m.alias_size_in_bytes)
 
 
-def blame(task, stage, tx, state, step, batch):
+def blame(run, stage, tx, state, step, batch):
   """Words for where the first non-finite number of a failed step arises.
 
   Args:
-    task: The run.
+    run: The run.
     stage: The stage.
     tx: Its optimiser.
     state: As the failed step found it, which it left it as.
@@ -211,14 +226,15 @@ def blame(task, stage, tx, state, step, batch):
     batch: Its batch.
   """
   rng = step_key(state['rng'], step)
+  args, kwargs = run.task.inputs(batch)
   site = diagnose.nonfinite_site(
-      task.model, stage.methods, task.params, theta_of(state), task.sites,
-      batch['image'], rng=rng)
+      run.model, stage.methods, run.params, theta_of(state), run.sites,
+      *args, rng=rng, **kwargs)
   if site is not None:
     return f'in the output of {site!r}'
-  loss_fn = make_loss(task, stage)
+  loss_fn = make_loss(run, stage)
   (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
-      state['trained'], state['frozen'], task.params, batch, rng, step)
+      state['trained'], state['frozen'], run.params, batch, rng, step)
   leaf = diagnose.nonfinite_leaf(grads)
   if leaf:
     return f'in the gradient of {leaf!r}'

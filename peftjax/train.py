@@ -25,10 +25,9 @@ from absl import app
 from absl import flags
 from absl import logging
 import jax
-import jax.numpy as jnp
 from ml_collections import config_flags
-import numpy as np
 
+from peftjax import case as case_lib
 from peftjax import checkpoint
 from peftjax import config as config_lib
 from peftjax import metrics as metrics_lib
@@ -39,10 +38,9 @@ from peftjax import step as step_lib
 from peftjax import theta as theta_lib
 from peftjax import trees
 from peftjax.artifact import save_adapter
-from peftjax.data import builders, pipeline
+from peftjax.data import pipeline
 from peftjax.evaluate import evaluator
 from peftjax.method import load
-from peftjax.models.weights import load_weights, read_config
 from peftjax.sites import describe
 from peftjax.version import VERSION
 
@@ -52,37 +50,7 @@ SUMMARY, ADAPTER = 'summary.json', 'adapter'
 LAG = 8
 
 
-# --------------------------------------------------------------------- loading
-def load_base(config, classes):
-  """(model, params) of `config.model`, with a new head of zeros."""
-  name = config.model.name
-  module = read_config(config.model.weights)['module']
-  if module.split('.')[0] != name:
-    raise ValueError(f'model.name={name!r}, but the weights '
-                     f'{config.model.weights!r} are of {module!r}: expected '
-                     f'model.name={module.split(".")[0]!r}')
-  model, params = load_weights(
-      config.model.weights, classes=classes, scan=config.model.scan)
-  more = dict(dtype=jnp.dtype(config.dtype))
-  if config.model.remat:
-    more['remat'] = True
-  for key in more:
-    if key not in model.__dataclass_fields__:
-      raise ValueError(f'model {name!r} has no {key!r} to set')
-  return model.clone(**more), params
-
-
-def load_arrays(config, split, first, size):
-  """The first so many images of a split, all for 0."""
-  name = config.data.name
-  arrays = pipeline.load_split(name, split, size=size)
-  n = len(arrays['label'])
-  if first > n:
-    raise ValueError(f'{first} images of {name} {split} are asked for, there '
-                     f'are {n}; 0 takes all')
-  return {k: v[:first or n] for k, v in arrays.items()}
-
-
+# ------------------------------------------------------------------- around it
 @contextlib.contextmanager
 def on_sigterm():
   """Yields `asked()`: whether SIGTERM came. Only the main thread can listen."""
@@ -104,18 +72,21 @@ def versions():
 
 
 # ----------------------------------------------------------------------- train
-def train(config, workdir, progress=True):
+def train(config, workdir, progress=True, cache=None):
   """Trains theta as a config says, or goes on with it.
 
   Args:
     config: ConfigDict with the keys of `config.defaults`.
     workdir: Folder to work in; holds one run.
     progress: Whether to report progress: a bar in a terminal, lines elsewhere.
+    cache: Mapping that keeps the base and the encoded data for the next call,
+      as a grid makes many; see `case.keep`.
 
   Returns:
     What summary.json holds: 'before' and 'after' (metrics on eval_split; with
-    ema, those of the average), 'trained', 'stored', 'base' (counts),
-    'steps_per_second', 'compile_seconds', 'peak_bytes' (of the largest step),
+    ema, those of the average; before is None without eval_before), 'metric'
+    (the name of the one that the task is judged by), 'trained', 'stored',
+    'base' (counts), 'steps_per_second', 'compile_seconds', 'peak_bytes' (of the largest step),
     'config', 'versions', 'devices', 'fingerprint', 'adapter'. After SIGTERM
     only dict(stopped_at=step).
 
@@ -127,38 +98,37 @@ def train(config, workdir, progress=True):
   config_lib.check(config)
   with checkpoint.workdir(workdir) as place, checkpoint.manager(
       place, config.keep) as saved, on_sigterm() as stopped:
-    return _train(config, place, progress, saved, stopped)
+    return _train(config, place, progress, cache, saved, stopped)
 
 
-def _train(config, workdir, progress, saved, stopped):
-  # ------------------------------------------------------- mesh, base, methods
+def _train(config, workdir, progress, cache, saved, stopped):
+  # --------------------------------------------- mesh, methods, data, base
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(mesh, config.batch)
   stages = phases.schedule(
       tuple(load(**dict(m)) for m in config.method), config.steps)
-  classes = builders.prepared(
-      config.data.name).info.features['label'].num_classes
-  model, base = load_base(config, classes)
-  shape = tuple(read_config(config.model.weights)['input'])
-  sites = describe(model, jax.ShapeDtypeStruct(shape, jnp.float32))
+  case = case_lib.load(config, ('train', config.eval_split), cache=cache)
+  task, model, base = case.task, case.base.model, case.base.params
+  fingerprint = case.base.fingerprint
+  args, kwargs = case.example()
+  sites = describe(model, *args, **kwargs)
   params_at = sharding.params_sharding(mesh, config.shard_rules, base)
-  base = jax.tree.map(np.asarray, base)
-  task = step_lib.Task(
-      config, model, sharding.put_global(base, params_at), sites, mesh,
+  run = step_lib.Run(
+      config, task, model, sharding.put_global(base, params_at), sites, mesh,
       params_at, jax.random.key(config.seed))
-  fingerprint = trees.fingerprint(base)
 
   # ---------------------------------------------------------------------- data
-  arrays = load_arrays(config, 'train', config.data.train, shape[1])
+  arrays, held_out = case.arrays['train'], case.arrays[config.eval_split]
   batches = pipeline.train_iterator(
       arrays, config.batch, config.seed, jax.process_index(),
       jax.process_count())
-  held_out = load_arrays(config, config.eval_split, config.data.test, shape[1])
   batch_at = sharding.batch_sharding(mesh)
 
   def evaluate_with(stage):
-    run = evaluator(model, stage.methods, held_out, config.eval_batch, mesh)
-    return lambda state: run(task.params, step_lib.best(state))
+    judge = evaluator(
+        model, stage.methods, held_out, config.eval_batch, mesh, task)
+    return lambda state, write=False: judge(
+        run.params, step_lib.best(state), write)
 
   # ----------------------------------------------------------- start or resume
   def abstract(meta):
@@ -166,7 +136,7 @@ def _train(config, workdir, progress, saved, stopped):
     theta = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct(tuple(v[0]), v[1]), meta['theta'],
         is_leaf=lambda v: isinstance(v, list))
-    _, shapes, at = step_lib.layout(task, stages[meta['stage']], theta)
+    _, shapes, at = step_lib.layout(run, stages[meta['stage']], theta)
     return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(
         v.shape, v.dtype, sharding=s), shapes, at)
 
@@ -181,10 +151,10 @@ def _train(config, workdir, progress, saved, stopped):
     first, clock = 0, dict(
         seconds=0.0, steps=0, compile_seconds=0.0, peak_bytes=0)
     theta = theta_lib.init(
-        stages[0].methods, jax.random.fold_in(task.key, 0), sites, base)
-    state = step_lib.start(task, stages[0], theta, 0)
+        stages[0].methods, jax.random.fold_in(run.key, 0), sites, base)
+    state = step_lib.start(run, stages[0], theta, 0)
     evaluate = evaluate_with(stages[0])
-    before = evaluate(state)
+    before = evaluate(state) if config.eval_before else None
   step = int(state['step'])
   finished = _finished(workdir, step == config.steps)
   if finished:
@@ -201,13 +171,14 @@ def _train(config, workdir, progress, saved, stopped):
       stage = stages[index]
       if index > first:
         theta = stage.convert(step_lib.theta_of(state),
-                              jax.random.fold_in(task.key, index), sites)
-        state = step_lib.start(task, stage, theta, step)
+                              jax.random.fold_in(run.key, index), sites)
+        state = step_lib.start(run, stage, theta, step)
         evaluate = evaluate_with(stage)
       if step == stage.end:
         continue
+      pace = step_lib.pace_of(run, stage)
       tick = time.perf_counter()
-      compiled, tx = step_lib.compile_step(task, stage, state, shape[1:])
+      compiled, tx = step_lib.compile_step(run, stage, state, arrays)
       clock['compile_seconds'] += time.perf_counter() - tick
       clock['peak_bytes'] = max(
           clock['peak_bytes'], step_lib.peak_bytes(compiled))
@@ -217,7 +188,7 @@ def _train(config, workdir, progress, saved, stopped):
         batch = sharding.put_batch(next(batches), batch_at)
         # Nothing is copied to or from a device behind our back.
         with jax.transfer_guard('disallow'):
-          state, metrics = compiled(state, task.params, batch)
+          state, metrics = compiled(state, run.params, batch, pace)
         step += 1
         pending.append((step, metrics, batch))
         stop = stopped()
@@ -229,7 +200,7 @@ def _train(config, workdir, progress, saved, stopped):
           done, metrics, batch = pending.popleft()
           values = {k: v.item() for k, v in jax.device_get(metrics).items()}
           if values.pop('bad') >= 0:
-            raise _not_finite(task, stage, tx, state, done - 1, batch, saved)
+            raise _not_finite(run, stage, tx, state, done - 1, batch, saved)
           if done % config.log_every == 0 or done == config.steps:
             write(done, values)
             say(f'step {done}/{config.steps} ' + ' '.join(
@@ -241,10 +212,9 @@ def _train(config, workdir, progress, saved, stopped):
         clock['steps'] = step
         if evaluate_now and step < config.steps:
           now = evaluate(state)
-          write(step, {f'{config.eval_split}/{k}': now[k]
-                       for k in ('accuracy', 'loss')})
-          say(f'step {step}/{config.steps} {config.eval_split} accuracy '
-              f'{now["accuracy"]:.4f}')
+          write(step, _named(config.eval_split, now))
+          say(f'step {step}/{config.steps} {config.eval_split} '
+              + _said(task, now))
         if save_now:
           checkpoint.save(saved, step, state, dict(
               config=said, base=fingerprint, stage=index, before=before,
@@ -257,14 +227,13 @@ def _train(config, workdir, progress, saved, stopped):
         tick = time.perf_counter()
 
     # ------------------------------------------------------------------- finish
-    after = evaluate(state)
-    write(step, {f'{config.eval_split}/{k}': after[k]
-                 for k in ('accuracy', 'loss')})
+    after = evaluate(state, write=True)
+    write(step, _named(config.eval_split, after))
     theta = step_lib.best(state)
     trained, _ = theta_lib.partition(stages[-1].methods, theta)
     adapter = os.path.join(workdir, ADAPTER)
     summary = dict(
-        before=before, after=after, trained=trees.count(trained),
+        before=before, after=after, metric=task.main, trained=trees.count(trained),
         stored=trees.count(theta), base=trees.count(base), steps=step,
         steps_per_second=clock['steps'] / clock['seconds']
         if clock['steps'] else None,
@@ -275,13 +244,28 @@ def _train(config, workdir, progress, saved, stopped):
                  f'{mesh.devices.flat[0].device_kind}'])
     if chief:
       save_adapter(adapter, stages[-1].methods, theta, sites, base, base=dict(
-          weights=config.model.weights, classes=classes,
-          scan=config.model.scan, data=config.data.name))
+          weights=config.model.weights, classes=case.classes,
+          scan=config.model.scan, data=config.data.name,
+          path=config.data.path, options=said['data']['options'],
+          task=said['task']))
       _write_json(os.path.join(workdir, SUMMARY), summary)
-    say(f'{config.eval_split} accuracy {before["accuracy"]:.4f} before, '
-        f'{after["accuracy"]:.4f} after; {summary["trained"]} of '
+    say(f'{config.eval_split} {_said(task, before)} before, '
+        f'{_said(task, after)} after; {summary["trained"]} of '
         f'{summary["base"]} trained; adapter in {adapter}')
     return summary
+
+
+def _named(split, found):
+  """{'test/accuracy': ...} of metrics, without the number of examples."""
+  return {f'{split}/{k}': v for k, v in found.items() if k != 'n'}
+
+
+def _said(task, found):
+  """'accuracy 0.9000', or of the loss where the metric is not measured."""
+  if found is None:
+    return 'not measured'
+  name = task.main if task.main in found else 'loss'
+  return f'{name} {found[name]:.4f}'
 
 
 def _finished(workdir, done):
@@ -301,16 +285,16 @@ def _write_json(path, value):
   os.replace(f'{path}.part', path)
 
 
-def _not_finite(task, stage, tx, state, step, batch, saved):
-  where = step_lib.blame(task, stage, tx, state, step, batch)
+def _not_finite(run, stage, tx, state, step, batch, saved):
+  where = step_lib.blame(run, stage, tx, state, step, batch)
   saved.wait_until_finished()
   last = saved.latest_step()
   kept = 'there is no checkpoint yet' if last is None else (
       f'the last checkpoint is of step {last}')
   return FloatingPointError(
       f'not finite in step {step} (counted from 0): first {where}. Nothing of '
-      f'this step was kept; {kept}. Lower optim.lr ({task.config.optim.lr}) or '
-      f'optim.clip ({task.config.optim.clip})')
+      f'this step was kept; {kept}. Lower optim.lr ({run.config.optim.lr}) or '
+      f'optim.clip ({run.config.optim.clip})')
 
 
 def main(argv):

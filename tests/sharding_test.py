@@ -14,6 +14,7 @@ from peftjax import phases
 from peftjax import sharding
 from peftjax import step as step_lib
 from peftjax.models.vit import ViT
+from peftjax.tasks import classification
 
 RULES = ((r'(query|key|value|up)/kernel', (None, 'model')),
          (r'(out|down)/kernel', ('model', None)),
@@ -126,15 +127,18 @@ def test_eight_devices_train_as_one(tiny):
     rules = () if mesh.size == 1 else tuple(
         (p, (None, *axes)) for p, axes in RULES[:2]) + RULES[2:]
     at = sharding.params_sharding(mesh, rules, tiny.params)
-    task = step_lib.Task(
-        config, tiny.model, sharding.put_global(tiny.params, at), tiny.sites,
-        mesh, at, jax.random.key(0))
-    state = step_lib.start(task, stage, theta, 0)
-    step, _ = step_lib.compile_step(task, stage, state, (8, 8, 3))
-    batch = sharding.put_batch(
-        dict(image=tiny.x, label=labels), sharding.batch_sharding(mesh))
+    task = classification.classify(
+        'image', classification.image_inputs, classes=10)
+    run = step_lib.Run(
+        config, task, tiny.model, sharding.put_global(tiny.params, at),
+        tiny.sites, mesh, at, jax.random.key(0))
+    state = step_lib.start(run, stage, theta, 0)
+    batch = dict(image=tiny.x, label=labels)
+    step, _ = step_lib.compile_step(run, stage, state, batch)
+    pace = step_lib.pace_of(run, stage)
+    batch = sharding.put_batch(batch, sharding.batch_sharding(mesh))
     for _ in range(5):
-      state, metrics = step(state, task.params, batch)
+      state, metrics = step(state, run.params, batch, pace)
     assert len(state['trained']['lora']['blocks/mlp/up']['b'].devices()
               ) == mesh.size
     ends.append(jax.tree.map(np.asarray, (

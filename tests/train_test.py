@@ -16,6 +16,7 @@ import pytest
 
 import peftjax
 from experiments import common
+from peftjax import bases
 from peftjax import config as config_lib
 from peftjax import diagnose
 from peftjax import evaluate
@@ -27,6 +28,7 @@ from peftjax import train as train_lib
 from peftjax.data import pipeline
 from peftjax.models.vit import ViT
 from peftjax.models.weights import load_weights
+from peftjax.tasks import classification
 
 STEPS = 30
 LORA = dict(name='lowrank.lora', rank=2, dropout=0.1, sites=dict(roles='qv'))
@@ -50,7 +52,7 @@ def config(tiny_weights):
 
 @pytest.fixture(scope='module')
 def tiny():
-  """A scanned ViT, and `task(config, methods)` for the step alone."""
+  """A scanned ViT, and `run(config, methods)` for the step alone."""
   model = ViT(width=8, depth=3, heads=1, mlp_dim=8, scan=True)
   x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
   params = jax.jit(model.init)(jax.random.key(0), x)['params']
@@ -59,16 +61,18 @@ def tiny():
   sites = peftjax.describe(model, x)
   mesh = sharding.make_mesh(dict(data=1, model=1))
 
-  def task(config, methods):
+  def run(config, methods):
     stage = phases.schedule(methods, 10)[0]
     theta = peftjax.init(methods, jax.random.key(2), sites, params)
-    return step_lib.Task(
-        config, model, params, sites, mesh,
+    task = classification.classify(
+        'image', classification.image_inputs, classes=10)
+    return step_lib.Run(
+        config, task, model, params, sites, mesh,
         sharding.params_sharding(mesh, (), params),
         jax.random.key(0)), stage, theta
 
   return types.SimpleNamespace(
-      model=model, x=x, params=params, sites=sites, task=task)
+      model=model, x=x, params=params, sites=sites, run=run)
 
 
 class Counted:
@@ -176,13 +180,14 @@ def test_adapter_is_what_was_evaluated(whole):
 def test_average_by_hand(tiny):
   config = config_lib.defaults()
   config.batch, config.optim.ema = 4, 0.75
-  task, stage, theta = tiny.task(config, peftjax.load('lowrank.lora', rank=1))
-  state = step_lib.start(task, stage, theta, 0)
-  step, _ = step_lib.compile_step(task, stage, state, tiny.x.shape[1:])
+  run, stage, theta = tiny.run(config, peftjax.load('lowrank.lora', rank=1))
+  state = step_lib.start(run, stage, theta, 0)
   batch = dict(image=tiny.x, label=jnp.arange(4))
+  step, _ = step_lib.compile_step(run, stage, state, batch)
+  pace = step_lib.pace_of(run, stage)
   average = jax.tree.map(np.asarray, state['trained'])
   for _ in range(3):
-    state, _ = step(state, task.params, batch)
+    state, _ = step(state, run.params, batch, pace)
     average = jax.tree.map(lambda a, v: 0.75 * a + 0.25 * np.asarray(v),
                            average, state['trained'])
   best = step_lib.best(state)
@@ -348,15 +353,15 @@ def test_blame_of_a_gradient_and_of_a_scanned_layer(tiny):
   root = peftjax.Method(
       'root', peftjax.select(roles='up'), layer=layer,
       init=lambda key, site, p, stats: dict(a=jnp.zeros(())))
-  task, stage, theta = tiny.task(config_lib.defaults(), root)
+  run, stage, theta = tiny.run(config_lib.defaults(), root)
   find = lambda theta: diagnose.nonfinite_site(
       tiny.model, root, tiny.params, theta, tiny.sites, tiny.x)
   assert find(theta) is None
   assert find(jax.tree.map(lambda v: v.at[1:].set(jnp.inf), theta)
              ) == 'blocks/mlp/up (layer 1)'
-  state = step_lib.start(task, stage, theta, 0)
-  tx, _, _ = step_lib.layout(task, stage, theta)
-  assert step_lib.blame(task, stage, tx, state, 0, dict(
+  state = step_lib.start(run, stage, theta, 0)
+  tx, _, _ = step_lib.layout(run, stage, theta)
+  assert step_lib.blame(run, stage, tx, state, 0, dict(
       image=tiny.x, label=jnp.arange(4))
                        ) == "in the gradient of 'root/blocks/mlp/up/a'"
 
@@ -411,17 +416,17 @@ def test_bad_config_is_refused_before_any_step(
 
 def test_base_with_nan_and_unwritable_workdir_are_refused(
     config, tmp_path, monkeypatch):
-  load = train_lib.load_weights
+  load = bases.load_weights
 
   def spoiled(*args, **kwargs):
     model, params = load(*args, **kwargs)
     params['norm']['scale'] = params['norm']['scale'].at[0].set(jnp.nan)
     return model, params
 
-  monkeypatch.setattr(train_lib, 'load_weights', spoiled)
+  monkeypatch.setattr(bases, 'load_weights', spoiled)
   with pytest.raises(ValueError, match='NaN or infinity in norm/scale'):
     train_lib.train(config, str(tmp_path / 'run'), False)
-  monkeypatch.setattr(train_lib, 'load_weights', None)
+  monkeypatch.setattr(bases, 'load_weights', None)
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='cannot be written'):
     train_lib.train(config, str(tmp_path / 'file' / 'run'), False)
