@@ -67,8 +67,8 @@ def build(config, *, head=None, classes=None, **options):
   text = _tower(config, 'text_config', _TEXT)
   image = _tower(config, 'vision_config', _IMAGE)
   if image['num_channels'] != 3:
-    raise ValueError(f"vision_config.num_channels is {image['num_channels']!r}: "
-                     'only 3 is supported')
+    raise ValueError('vision_config.num_channels is '
+                     f'{image["num_channels"]!r}: only 3 is supported')
   for tower, name, keys in (
       (text, 'text_config', ('eos_token_id',)),
       (image, 'vision_config', ('image_size', 'patch_size'))):

@@ -2,8 +2,8 @@
 
 Both towers are stacks of pre-norm blocks. The text tower looks back only and is
 read at the end-of-text token; the image tower is read at its class token.
-Letters: B batch, I images, N texts, T tokens, H heads, d tower width, p width of
-the shared space.
+Letters: B batch, I images, N texts, T tokens, H heads, d width of a tower, p
+width of the shared space.
 
 Hooks, ordinary methods that `nn.intercept_methods` sees, in each tower
 ('image_tower', 'text_tower'):
