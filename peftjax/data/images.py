@@ -91,8 +91,8 @@ def from_config(config):
   if config.get('do_center_crop', name in ('Bit', 'CLIP', 'DeiT')):
     crop = _size('crop_size', config.get('crop_size'), False)
     if len(crop) != 2:
-      raise ValueError(f'crop_size={config["crop_size"]!r}; expected height and '
-                       'width')
+      raise ValueError(f'crop_size={config["crop_size"]!r}; expected height '
+                       'and width')
   if name == 'ConvNext' and resize:
     resize, crop = _convnext(resize, crop, config.get('crop_pct'))
   scale = config.get('rescale_factor', 1 / 255)

@@ -9,7 +9,9 @@ Nothing is downloaded here. On a machine that is online, once:
   python -m peftjax.data.tfds_sets glue/sst2 [folder]
 
 which writes array records below the folder, ~/tensorflow_datasets if none is
-given. Prepared folders are read from their own metadata, whichever version of
+given. Builders may ask for further packages there, some (CIFAR, SVHN, dSprites,
+smallNORB) for TensorFlow, to write PNG. Prepared folders can be copied, and are
+read without any of that and from their own metadata, whichever version of
 tensorflow-datasets wrote them, as long as they hold array records.
 
 `SETS` is the table. Sources: GLUE (arXiv 1804.07461), SuperGLUE (arXiv
@@ -266,9 +268,10 @@ def prepare(name, path=''):
     builder = _from_code(SETS[name].builder, path, file_format='array_record')
     builder.download_and_prepare()
   except ModuleNotFoundError as e:
+    package = e.name or getattr(e.__cause__, 'name', None)
     raise ModuleNotFoundError(
-        f'preparing tfds:{name} needs the package {e.name}: '
-        f'pip install {e.name}') from e
+        f'preparing tfds:{name} needs the package {package}: '
+        f'pip install {package}') from e
   return builder
 
 
