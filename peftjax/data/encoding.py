@@ -1,5 +1,7 @@
 """What every text encoder shares: reading examples, padding, reporting."""
 
+import contextlib
+import contextvars
 from typing import NamedTuple
 
 from absl import logging
@@ -74,8 +76,23 @@ def padded(rows, length, pad):
               mask=np.arange(length) < sizes[:, None])
 
 
+_QUIET = contextvars.ContextVar('quiet', default=False)
+
+
+@contextlib.contextmanager
+def quietly():
+  """`logged` logs nothing in this thread: the caller counts the reports."""
+  token = _QUIET.set(True)
+  try:
+    yield
+  finally:
+    _QUIET.reset(token)
+
+
 def logged(what, report, length):
   """Logs the report in one line and returns it."""
+  if _QUIET.get():
+    return report
   lost = f', {report.unlabelled} words without label' * bool(report.unlabelled)
   lost += f', {report.dropped} dropped' * bool(report.dropped)
   log = logging.warning if report.truncated or lost else logging.info

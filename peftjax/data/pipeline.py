@@ -85,12 +85,21 @@ def train_iterator(arrays, batch_size, seed, shard_index=0, shard_count=1):
   """
   n = _size(arrays)
   check_batch(n, batch_size, seed, shard_index, shard_count)
-  order = grain.MapDataset.range(n).shuffle(seed=seed).repeat()
+  order = forever(grain.MapDataset.range(n).shuffle(seed=seed))
   order = order[shard_index::shard_count].batch(batch_size // shard_count)
   gather = lambda rows: {k: a[rows] for k, a in arrays.items()}
   # No threads: a batch is one gather from memory.
   return iter(order.map(gather).to_iter_dataset(
       grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def forever(dataset):
+  """Repeats a grain MapDataset: more epochs than any run sees.
+
+  grain's own endless repeat is sys.maxsize long, which batches of one example
+  round up to a length that Python cannot hold.
+  """
+  return dataset.repeat(max(1, 2 ** 50 // len(dataset)))
 
 
 def check_batch(n, batch_size, seed, shard_index, shard_count):
