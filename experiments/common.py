@@ -43,10 +43,10 @@ def kmnist(method, lr, arg=None, steps=120, **more):
   config.optim.lr = lr
   config.data.name = 'kmnist'
   for key, value in _flat(more):
-    _set(config, key, value)
+    put(config, key, value)
   for key, value in parse_arg(arg).items():
     if key != 'runlocal':
-      _set(config, key, value)
+      put(config, key, value)
   return config
 
 
@@ -100,7 +100,8 @@ def _flat(tree, at=''):
       yield at + key, value
 
 
-def _set(config, key, value):
+def put(config, key, value):
+  """Sets a dotted key; a ValueError for an unknown one or another type."""
   *parents, last = key.split('.')
   for name in parents:
     if name not in config:

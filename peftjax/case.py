@@ -121,7 +121,8 @@ def _age(weights):
 def _open(data, split):
   """The `Source` of a split, cut to as many examples as the config says."""
   source = sources.open_split(
-      data.name, split, data.path, **_options(data.options))
+      data.name, data.splits.get(split, split), data.path,
+      **_options(data.options))
   first = data['test' if split == 'test' else
                'validation' if split == 'validation' else 'train']
   n = len(source.examples)

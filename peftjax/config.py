@@ -41,9 +41,10 @@ def defaults():
   # peftjax.models that it must be of, '': any.
   c.model = dict(name='', weights='vit_s', scan=False, remat=False)
   # name, path, options: as `data.sources.open_split` takes them. The first so
-  # many examples of the splits are used; 0: all.
+  # many examples of the splits are used; 0: all. splits: what the set calls
+  # them, or parts of them: 'train[:80%]'.
   c.data = dict(name='kmnist', path='', train=800, validation=0, test=0,
-                options={})
+                options={}, splits={s: s for s in SPLITS})
   c.task = dict(
       name='image',  # see peftjax.tasks
       metric='',  # that learning rates are chosen by; '': the task's first

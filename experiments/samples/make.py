@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-N = 16  # of each split
+SIZES = dict(train=64, validation=32, test=32)
 GOOD = ('bright', 'lovely', 'warm', 'happy')
 BAD = ('dull', 'nasty', 'cold', 'sad')
 THINGS = ('ball', 'garden', 'dog', 'story', 'box', 'tree')
@@ -61,10 +61,10 @@ def main():
     rng = np.random.RandomState(0)
     folder = os.path.join(FOLDER, make.__name__)
     os.makedirs(folder, exist_ok=True)
-    for split in ('train', 'validation', 'test'):
+    for split, n in SIZES.items():
       with open(os.path.join(folder, f'{split}.jsonl'), 'w',
                 encoding='utf-8') as f:
-        f.writelines(json.dumps(make(rng)) + '\n' for _ in range(N))
+        f.writelines(json.dumps(make(rng)) + '\n' for _ in range(n))
 
 
 if __name__ == '__main__':

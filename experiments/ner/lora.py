@@ -1,0 +1,20 @@
+r"""LoRA for named entities.
+
+  python -m peftjax.train --workdir=runs/ner/lora \
+      --config=experiments/ner/lora.py:task=conll2003,backbone=bert_base
+
+One TPU v5e chip or one 24 GB GPU with bert_base; a v5e-8 slice shards the batch
+by itself.
+`:runlocal` does two steps on samples. Tasks, protocol, results: README.md.
+"""
+
+from experiments import common
+from experiments.ner import suite
+
+
+def get_config(arg=None):
+  """The config of a set of named entities; `arg` as in `experiments.suites`."""
+  return suite.config(
+      method=(dict(name='lowrank.lora', rank=8, alpha=16.,
+                   sites=dict(roles='qv')), common.HEAD),
+      lr=4e-4, arg=arg)

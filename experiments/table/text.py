@@ -1,0 +1,62 @@
+r"""The table's text half: every method on MiniLM and five sets.
+
+  PEFTJAX_DATA=DATA python -m peftjax.compare \
+      --config=experiments/table/text.py --workdir=runs/table_text
+
+all-MiniLM-L6-v2 with a linear head on the mean of its tokens; 1000 training
+examples, at most 500 to choose a rate by, the test part as it is. Every arm
+tries three rates, a factor 3 apart, for half the steps; the best runs on three
+seeds. Hardware, wall time and results: experiments/README.md. `:runlocal` does
+two steps a cell on samples, with a tiny backbone.
+"""
+
+import os
+
+import ml_collections
+
+from experiments import common
+from experiments import suites
+from experiments.table import arms
+
+TASKS = (
+    ('trec6', {'data.name': 'data:trec6', 'task.length': 24}),
+    ('cola', {'data.name': 'data:cola', 'task.length': 24,
+              'data.validation': 0}),
+    ('mpqa', {'data.name': 'data:mpqa', 'task.length': 16}),
+    ('cr', {'data.name': 'data:cr', 'task.length': 32, 'data.validation': 0}),
+    ('stsb_open', {'data.name': 'data:stsb_open', 'task.name': 'regress',
+                   'task.length': 48, 'task.metric': 'spearman'}),
+)
+_SAMPLES = (
+    ('single', {'data.name': f'file:{os.path.join(suites.SAMPLES, "single")}'}),
+    ('regression', {
+        'data.name': f'file:{os.path.join(suites.SAMPLES, "regression")}',
+        'task.name': 'regress', 'task.metric': 'spearman'}))
+
+
+def get_config(arg=None):
+  """The grid; `arg` as in `common.parse_arg`."""
+  given = common.parse_arg(arg)
+  small = given.pop('runlocal', False)
+  base = common.base()
+  base.method = (common.HEAD,)
+  base.model.weights = 'stories260k' if small else suites.backbone('minilm')
+  base.model.scan = small
+  base.task.name = 'classify'
+  base.task.length = 48
+  base.task.head = '' if small else 'mean'
+  base.steps, base.batch = 120, 32
+  base.data.train, base.data.validation = 1000, 500
+  base.optim.schedule = 'linear'
+  base.eval_before = False
+  base.checkpoint_every = 0
+  for key, value in given.items():
+    common.put(base, key, value)
+  grid = ml_collections.ConfigDict()
+  grid.base = base
+  grid.arms = arms.of({})
+  grid.tasks = _SAMPLES if small else TASKS
+  grid.seeds = (0,) if small else (0, 1, 2)
+  grid.search = None if small else dict(
+      rates=(1 / 3, 1.0, 3.0), fraction=0.5, seed=0)
+  return grid
