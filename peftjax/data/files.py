@@ -298,10 +298,13 @@ def _number(row, kind, labels, i, name):
   return {**row, 'label': labels.index(label)}
 
 
-def _npz_arrays(path):
+def _npz_arrays(path, names=()):
+  """{name: array}, of names alone that are there; {name: None} without."""
   try:
     with np.load(path, allow_pickle=False) as z:
-      return dict(z)
+      if not names:
+        return dict.fromkeys(z.files)
+      return {n: z[n] for n in names if n in z.files}
   except Exception as e:  # zipfile, zlib and numpy each raise their own.
     raise ValueError(f'cannot read {path}: {e}') from e
 
@@ -319,9 +322,9 @@ def _npz_splits(path):
 
 def _npz(path, split, labels):
   """(examples, label names) of images uint8 [N, H, W] or [N, H, W, C]."""
-  arrays = _npz_arrays(path)
   p = _PARTS.get(split)
   x, y = ('image', 'label') if split == 'all' else (f'x_{p}', f'y_{p}')
+  arrays = _npz_arrays(path, (x, y, 'y_train'))
   for key in (x, y):
     if key not in arrays:
       raise ValueError(f'{path} has no array {key!r}{nearest(key, arrays)}')
