@@ -65,7 +65,7 @@ def logits_at(model, methods, params, theta, rows, at):
   """Logits [B, n, V] of the places alone: the rest never reaches the head."""
 
   def only(f, args, kwargs, context):
-    if isinstance(context.module, Head) and context.method_name == '__call__':
+    if isinstance(context.module, Head) and context.method_name == 'logits':
       args = (jnp.take_along_axis(args[0], at[..., None], 1), *args[1:])
     return f(*args, **kwargs)
 

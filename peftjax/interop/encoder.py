@@ -23,7 +23,7 @@ MODEL_TYPES = tuple(_FAMILY)
 
 _CLASS = {
     None: 'Model', 'pool': 'Model', 'classify': 'ForSequenceClassification',
-    'tag': 'ForTokenClassification', 'mlm': 'ForMaskedLM'}
+    'tag': 'ForTokenClassification', 'mlm': 'ForMaskedLM'}  # not 'mean'
 
 # Settings by our attribute: (key, default), with DistilBERT's own keys.
 _KEYS = {
@@ -179,6 +179,8 @@ def names(model, model_type):
   for i in range(model.depth):
     for ours, theirs in block.items():
       out |= _layer(f'block_{i}/{ours}', f'{body}.layer.{i}.{theirs}')
+  if model.head == 'mean':
+    out |= _layer('head/out', '/mean_classifier')
   for ours, theirs in _HEAD[layout].get(model.head, {}).items():
     out |= _layer(f'head/{ours}', theirs)
   if model.head == 'mlm':
@@ -231,6 +233,11 @@ def before_load(read, stored, config):
 def export(model, model_type):
   """The dict of config.json for a model, such that transformers opens it."""
   layout, cls = _FAMILY[model_type]
+  if model.head not in _CLASS:
+    raise ValueError(
+        f'transformers has no {cls} with the head {model.head!r}'
+        f'{nearest(model.head, filter(None, _CLASS))}; save the body with '
+        'model.clone(head=None)')
   config = {key: getattr(model, ours)
             for ours, (key, _) in _KEYS_OF[layout].items()}
   config |= dict(

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from peftjax.method import nearest
 from peftjax.models import layers
 
-HEADS = ('pool', 'classify', 'tag', 'mlm')
+HEADS = ('pool', 'classify', 'mean', 'tag', 'mlm')
 
 
 class Attention(nn.Module):
@@ -115,9 +115,9 @@ class Head(nn.Module):
   """Task head: features [B, d] or tokens [B, T, d] -> logits.
 
   Attributes:
-    kind: 'classify': out(act(dense(x))); 'tag': out(x); 'mlm':
+    kind: 'classify': out(act(dense(x))); 'tag', 'mean': out(x); 'mlm':
       decode(norm(act(dense(x)))) and a bias, where decode is the model's.
-    classes: Outputs of 'classify' and 'tag'.
+    classes: Outputs, but for 'mlm'.
     dim: Width of the dense layer.
     act: Activation after the dense layer.
     eps: Of the norm.
@@ -132,7 +132,7 @@ class Head(nn.Module):
   # Not __call__, or the head itself were a layer, one with nothing to train.
   @nn.compact
   def logits(self, x, decode):
-    if self.kind != 'tag':
+    if self.kind not in ('tag', 'mean'):
       x = nn.Dense(self.dim, name='dense')(x)
       x = layers.activation(self.act)(x)
     if self.kind == 'mlm':
@@ -159,9 +159,11 @@ class Encoder(nn.Module):
     act: Activation of the perceptrons, a name in `layers.ACTIVATIONS`.
     eps: Of the norms.
     head: None: hidden states [B, T, d]; 'pool': their mean over the mask
-      [B, d]; 'classify': logits [B, classes]; 'tag': [B, T, classes]; 'mlm':
-      [B, T, V], with the word table as decoder.
-    classes: Outputs of 'classify' and 'tag', whose last kernel starts at zero.
+      [B, d]; 'classify': logits [B, classes] as transformers has them; 'mean':
+      the same by one layer on what 'pool' gives; 'tag': [B, T, classes];
+      'mlm': [B, T, V], with the word table as decoder.
+    classes: Outputs of 'classify', 'mean' and 'tag', whose last kernel starts
+      at zero.
     head_act: Activation after the dense layer of 'classify'.
     mlm_act: The same for 'mlm'; None: act.
     dtype: Of the computation. Parameters, softmax and head are float32.
@@ -216,7 +218,7 @@ class Encoder(nn.Module):
     else:
       self.block = stack  # block_0, block_1, ...
     mlm = self.head == 'mlm'
-    if mlm or self.head in ('classify', 'tag'):
+    if mlm or self.head in ('classify', 'mean', 'tag'):
       self.task = Head(
           self.head, self.classes, dim if mlm else self.width,
           self.mlm_act or self.act if mlm else self.head_act, self.eps,
@@ -237,7 +239,7 @@ class Encoder(nn.Module):
     if self.head is None:
       return h
     h = h.astype(jnp.float32)
-    if self.head in ('pool', 'classify'):
+    if self.head in ('pool', 'classify', 'mean'):
       h = self.readout(h, mask)
     if self.head == 'pool':
       return h

@@ -198,3 +198,19 @@ def test_bad_input(changes, args, match):
   model = Encoder(**{**SMALL, **changes})
   with pytest.raises(ValueError, match=match):
     jax.eval_shape(model.init, jax.random.key(0), *args)
+
+
+def test_mean_head_is_a_layer_on_what_pool_gives():
+  args = dict(vocab=20, width=8, depth=1, heads=2, mlp_dim=12, positions=9)
+  ids = np.arange(10).reshape(2, 5)
+  mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+  model = Encoder(**args, head='mean', classes=3)
+  params = model.init(jax.random.key(0), ids)['params']
+  rng = np.random.default_rng(0)
+  params['head']['out'] = dict(kernel=rng.normal(size=(8, 3)),
+                               bias=rng.normal(size=3))
+  body = {k: v for k, v in params.items() if k != 'head'}
+  pooled = Encoder(**args, head='pool').apply({'params': body}, ids, mask)
+  want = pooled @ params['head']['out']['kernel'] + params['head']['out']['bias']
+  found = model.apply({'params': params}, ids, mask)
+  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
