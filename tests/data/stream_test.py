@@ -1,6 +1,7 @@
 """Streams: order, shards, resuming, fixed shapes, prefetch to devices."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -131,6 +132,22 @@ def test_a_killed_run_continues_where_it_was(request):
   other = make()
   other.set_state(lines[-1]['state'])
   equal(take(other, 11), want[9:])
+
+
+def test_the_benchmark_compares_with_the_step(request):
+  done = subprocess.run(
+      [sys.executable, '-m', 'benchmarks.input', '--seconds=0', '--batch=8',
+       '--step_ms=50'],
+      cwd=request.config.rootpath, capture_output=True, text=True,
+      timeout=300, check=True, env=dict(os.environ, JAX_PLATFORMS='cpu'))
+  found = json.loads(done.stdout)
+  assert found['step_ms'] == 50 and len(found['pipelines']) == 6
+  for row in found['pipelines'].values():
+    assert row['ratio'] == pytest.approx(50 / row['batch_ms'], rel=0.02)
+    assert row['examples_per_s'] == pytest.approx(
+        8000 / row['batch_ms'], rel=0.02)
+  real = [row.get('real') for row in found['pipelines'].values()]
+  assert real[3] > real[2]  # buckets hold less padding
 
 
 # ----------------------------------------------------------------- encoding
