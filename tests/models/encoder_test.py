@@ -185,7 +185,7 @@ def test_lora_and_a_full_head_train(scan):
 
 @pytest.mark.parametrize('changes, args, match', [
     (dict(heads=3), (IDS,), 'width 8 .* 3 heads.*1, 2, 4, 8'),
-    (dict(head='mean'), (IDS,), "unknown head 'mean'.*pool"),
+    (dict(head='means'), (IDS,), "unknown head 'means'.*pool"),
     (dict(act='gelu_'), (IDS,), "unknown activation 'gelu_'.*gelu"),
     (dict(types=0), (IDS, MASK, TYPES), 'types given.*none'),
     (dict(positions=5), (IDS,), '6 tokens: expected at most 5'),
