@@ -15,12 +15,21 @@ A grid config holds
 
 The test part is read by the final cells alone. A grid is resumable: a cell that
 has finished is not run again, a killed one continues from its checkpoint, a
-failed one is reported and does not stop the others.
+failed one is reported and does not stop the others. What a cell is judged by is
+its task's metric, `config.task.metric`.
+
+Cells of one arm and task differ in learning rate, steps and seed, which are
+arguments of the compiled programs: they are compiled once and found again in
+jax's compilation cache, by default below $PEFTJAX_CACHE or ~/.cache/peftjax.
+The base and the encoded data are kept from one cell to the next.
 """
 
 import hashlib
 import json
+import math
 import os
+import pathlib
+import shutil
 import sys
 import traceback
 
@@ -32,6 +41,7 @@ from ml_collections import config_flags
 import rich
 from rich import table as rich_table
 
+from peftjax import measures
 from peftjax import report
 from peftjax.train import train
 
@@ -56,8 +66,17 @@ def _name(*parts):
   return '-'.join(str(p) for p in parts if p != '').replace('/', '_')
 
 
-def run_cell(config, workdir, label):
-  """Summary of one cell, run unless it has finished before; None if it fails."""
+def run_cell(config, workdir, label, cache=None):
+  """Summary of one cell, run unless it has finished before; None if it fails.
+
+  A finished cell keeps its summary, metrics and adapter, but no checkpoints.
+
+  Args:
+    config: Its training config.
+    workdir: Folder of the grid.
+    label: Its name, the first part of its folder's.
+    cache: As for `train`.
+  """
   text = json.dumps(config.to_dict(), sort_keys=True, default=str)
   code = hashlib.sha256(text.encode()).hexdigest()[:8]
   path = os.path.join(workdir, 'cells', f'{label}-{code}')
@@ -69,10 +88,11 @@ def run_cell(config, workdir, label):
   if os.path.exists(failed):
     os.remove(failed)
   try:
-    summary = train(config, path, progress=False)
+    summary = train(config, path, progress=False, cache=cache)
     if 'stopped_at' in summary:  # SIGTERM: the cell is saved, the grid ends
       raise SystemExit(f'stopped at step {summary["stopped_at"]} of {label}; '
                        'the same command goes on from there')
+    shutil.rmtree(os.path.join(path, 'checkpoints'), ignore_errors=True)
     return summary
   except Exception:  # pylint: disable=broad-except: the other cells go on
     os.makedirs(path, exist_ok=True)
@@ -88,10 +108,14 @@ def _rate(config, factor):
   return float(config.optim.lr * factor)
 
 
-def search(grid, arm, task, workdir, say):
-  """The learning rate that does best on the validation part, and all scores."""
+def search(grid, arm, task, workdir, say, cache=None):
+  """The learning rate that does best on the validation part, and all scores.
+
+  Returns:
+    (rate, or None if every cell failed; {rate: score, or None if it failed}).
+  """
   base = _cell(grid.base, [*task[1].items(), *arm[1].items()])
-  scores = {}
+  scores, ranks = {}, {}
   for factor in grid.search.rates:
     lr = _rate(base, factor)
     config = _cell(base, [], **{
@@ -99,52 +123,69 @@ def search(grid, arm, task, workdir, say):
         'steps': max(1, round(base.steps * grid.search.fraction)),
         'eval_split': 'validation'})
     say(f'{arm[0]} {task[0]} lr {lr:.3g} (search)')
-    summary = run_cell(config, workdir, _name(task[0], arm[0], f'lr{lr:.3g}'))
-    if summary:
-      scores[lr] = summary['after']['accuracy']
-  if not scores:
-    return None, scores
-  return max(scores, key=lambda lr: (scores[lr], -lr)), scores
+    summary = run_cell(
+        config, workdir, _name(task[0], arm[0], f'lr{lr:.3g}'), cache)
+    scores[lr] = summary and summary['after'][summary['metric']]
+    if summary and not math.isnan(scores[lr]):
+      # Of equal ones the smallest rate.
+      ranks[lr] = (measures.better(summary['metric']) * scores[lr], -lr)
+  return max(ranks, key=ranks.get, default=None), scores
 
 
 def run(grid, workdir, say=print):
   """Runs what is missing of a grid and returns its rows and the failures.
 
   Returns:
-    ([{arm, task, seed, lr, accuracy, ...}], [label of a failed cell]).
+    ([{arm, task, seed, lr, metric, score, ...}], [label of a failed cell]).
   """
   os.makedirs(workdir, exist_ok=True)
-  rows, failures = [], []
+  rows, failures, cache = [], [], {}
   for task in grid.tasks:
     for arm in grid.arms:
       config = _cell(grid.base, [*task[1].items(), *arm[1].items()])
       lr, scores = float(config.optim.lr), {}
       if grid.search:
-        lr, scores = search(grid, arm, task, workdir, say)
+        lr, scores = search(grid, arm, task, workdir, say, cache)
         if lr is None:
           failures.append(_name(task[0], arm[0], 'search'))
           continue
       for seed in grid.seeds:
         label = _name(task[0], arm[0], f's{seed}')
         say(f'{arm[0]} {task[0]} seed {seed} lr {lr:.3g}')
-        summary = run_cell(
-            _cell(config, [], **{'optim.lr': lr, 'seed': seed}), workdir, label)
+        summary = run_cell(_cell(config, [], **{
+            'optim.lr': lr, 'seed': seed}), workdir, label, cache)
         if summary is None:
           failures.append(label)
           continue
+        after, metric = summary['after'], summary['metric']
         rows.append(dict(
-            arm=arm[0], task=task[0], seed=seed, lr=lr,
-            accuracy=summary['after']['accuracy'], loss=summary['after']['loss'],
+            arm=arm[0], task=task[0], seed=seed, lr=lr, metric=metric,
+            score=after[metric], loss=after['loss'],
             trained=summary['trained'], stored=summary['stored'],
             step_seconds=1 / summary['steps_per_second'],
-            peak_bytes=summary['peak_bytes'],
-            search={f'{k:.3g}': round(v, 4) for k, v in scores.items()}))
+            peak_bytes=summary['peak_bytes'], metrics=after,
+            search={f'{k:.3g}': v if v is None else round(v, 4)
+                    for k, v in scores.items()}))
   return rows, failures
+
+
+def keep_compiled(folder=None):
+  """Lets jax keep compiled programs on disk, unless it does so already.
+
+  folder: Where; None: 'xla' below $PEFTJAX_CACHE or ~/.cache/peftjax.
+  """
+  if jax.config.jax_compilation_cache_dir:
+    return
+  folder = folder or os.path.join(
+      os.environ.get('PEFTJAX_CACHE') or
+      pathlib.Path.home() / '.cache' / 'peftjax', 'xla')
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 def show(rows):
   """Prints the comparison as a table."""
-  table = rich_table.Table(title='accuracy: mean and 95 % interval over seeds')
+  table = rich_table.Table(title='mean and 95 % interval over seeds')
   lines = report.table(rows)
   for name in lines[0]:
     table.add_column(name, justify='left' if name in ('task', 'arm') else 'right')
@@ -156,6 +197,7 @@ def show(rows):
 def main(argv):
   del argv
   grid, workdir = _CONFIG.value, _WORKDIR.value
+  keep_compiled()
   rows, failures = run(grid, workdir)
   if rows:
     paths = report.write(rows, workdir)

@@ -1,6 +1,7 @@
 """Tables, intervals and plots of comparison rows; no training here.
 
-A row is one finished run: dict(arm, task, seed, lr, accuracy, trained, ...).
+A row is one finished run: dict(arm, task, seed, lr, metric, score, trained,
+...), where metric is the name of what score is, as in `measures`.
 """
 
 import csv
@@ -10,6 +11,8 @@ import os
 import matplotlib
 import numpy as np
 from scipy import stats
+
+from peftjax import measures
 
 
 def interval(values, level=0.95):
@@ -29,7 +32,7 @@ def group(rows):
   return groups
 
 
-def paired(rows, arm, other, key='accuracy'):
+def paired(rows, arm, other, key='score'):
   """Seed-paired difference arm - other, averaged over tasks first.
 
   Returns:
@@ -56,14 +59,28 @@ def paired(rows, arm, other, key='accuracy'):
   return mean, mean - width, mean + width, len(diffs)
 
 
+def title(metric):
+  """Name of a metric as a column shows it: 'accuracy %', 'perplexity'."""
+  return f'{metric} %' if measures.scale(metric) == 100 else metric
+
+
 def table(rows):
-  """[{column: text}], one line a task and arm."""
-  lines = []
+  """[{column: text}], one line a task and arm.
+
+  The score's column has the metric's name where all rows share one, else
+  'score' beside a column with the names.
+  """
+  lines, names = [], {r['metric'] for r in rows}
   for (task, arm), mine in group(rows).items():
-    mean, width = interval([r['accuracy'] for r in mine])
+    metric = mine[0]['metric']
+    mean, width = interval([r['score'] for r in mine])
+    shown = {} if len(names) == 1 else {'metric': title(metric)}
+    shown['score' if shown else title(metric)] = (
+        f'{measures.scale(metric) * mean:.2f}')
     lines.append({
-        'task': task, 'arm': arm, 'accuracy %': f'{100 * mean:.2f}',
-        '± 95 %': f'{100 * width:.2f}', 'seeds': str(len(mine)),
+        'task': task, 'arm': arm, **shown,
+        '± 95 %': f'{measures.scale(metric) * width:.2f}',
+        'seeds': str(len(mine)),
         'trained': f'{mine[0]["trained"]:,}', 'stored': f'{mine[0]["stored"]:,}',
         'lr': f'{mine[0]["lr"]:.2g}',
         's/step': f'{np.median([r["step_seconds"] for r in mine]):.3f}',
@@ -79,8 +96,8 @@ def markdown(lines):
   return '\n'.join(out) + '\n'
 
 
-def pareto(rows, path, title='accuracy against trained parameters'):
-  """Draws accuracy against trained parameters with intervals; PNG.
+def pareto(rows, path):
+  """Draws scores against trained parameters with intervals, one plot a task; PNG.
 
   The line joins the arms that no other arm beats with fewer parameters.
   """
@@ -91,25 +108,27 @@ def pareto(rows, path, title='accuracy against trained parameters'):
       1, len(tasks), figsize=(6.4 * len(tasks), 4.4), squeeze=False,
       layout='constrained')
   for ax, task in zip(axes[0], tasks):
+    metric = next(r['metric'] for r in rows if r['task'] == task)
+    scale, sign = measures.scale(metric), measures.better(metric)
     points = []
     for (t, arm), mine in group(rows).items():
       if t == task:
-        mean, width = interval([r['accuracy'] for r in mine])
-        points.append((mine[0]['trained'], 100 * mean,
-                       0 if np.isnan(width) else 100 * width, arm))
+        mean, width = interval([r['score'] for r in mine])
+        points.append((mine[0]['trained'], scale * mean,
+                       0 if np.isnan(width) else scale * width, arm))
     points.sort()
     front, best = [], -np.inf
     for n, mean, _, _ in points:
-      if mean > best:
+      if sign * mean > best:
         front.append((n, mean))
-        best = mean
+        best = sign * mean
     ax.plot(*zip(*front), color='0.8', zorder=0)
     for i, (n, mean, width, arm) in enumerate(points):
       ax.errorbar(n, mean, yerr=width, fmt='o', capsize=3, color=f'C{i % 10}')
       ax.annotate(arm, (n, mean), textcoords='offset points', xytext=(6, 5),
                   fontsize=8)
-    ax.set(xscale='log', xlabel='trained parameters', ylabel='accuracy, %',
-           title=f'{task}: {title}')
+    ax.set(xscale='log', xlabel='trained parameters', ylabel=title(metric),
+           title=f'{task}: {metric} against trained parameters')
     ax.grid(alpha=0.3)
   fig.savefig(path, dpi=120)
   plt.close(fig)
@@ -124,7 +143,7 @@ def write(rows, folder):
     json.dump(rows, f, indent=1)
     f.write('\n')
   with open(paths[1], 'w', newline='') as f:
-    names = [n for n in rows[0] if n != 'search']
+    names = [n for n in rows[0] if n not in ('metrics', 'search')]
     writer = csv.DictWriter(f, names, extrasaction='ignore')
     writer.writeheader()
     writer.writerows(rows)

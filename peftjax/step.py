@@ -195,14 +195,19 @@ def compile_step(run, stage, state, arrays):
     (compiled step, optimiser). A state or a batch of another shape is an error
     when it is called: there is no second trace.
   """
+  lowered, tx = lower_step(run, stage, state, arrays)
+  return lowered.compile(), tx
+
+
+def lower_step(run, stage, state, arrays):
+  """(lowered step, optimiser); arguments as of `compile_step`."""
   tx, _, at = layout(run, stage, theta_of(state))
   b, place = run.config.batch, sharding.batch_sharding(run.mesh)
   batch = {k: jax.ShapeDtypeStruct((b, *v.shape[1:]), v.dtype, sharding=place)
            for k, v in arrays.items()}
   step = jax.jit(make_step(run, stage), donate_argnums=0,
                  out_shardings=(at, sharding.replicated(run.mesh)))
-  return step.lower(
-      state, run.params, batch, pace_of(run, stage)).compile(), tx
+  return step.lower(state, run.params, batch, pace_of(run, stage)), tx
 
 
 def peak_bytes(compiled):

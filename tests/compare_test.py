@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.claims import decide
+from peftjax import bases
 from peftjax import compare
 from peftjax import config as config_lib
 from peftjax import report
@@ -68,6 +69,34 @@ def test_grid_resumes_reports_and_draws(tiny_weights, tmp_path, monkeypatch):
     assert f.read(8) == b'\x89PNG\r\n\x1a\n'
 
 
+def test_diverged_rate_is_recorded_and_the_base_is_read_once(
+    tiny_weights, tmp_path, monkeypatch):
+  read, real = [], bases.load
+  monkeypatch.setattr(
+      bases, 'load', lambda *a: read.append(a) or real(*a))
+  grid = _grid(tiny_weights, ARMS[:1],
+               dict(rates=(1.0, 1e41), fraction=0.5, seed=0))
+  rows, failures = compare.run(grid, str(tmp_path), say=lambda *_: None)
+  assert not failures and len(read) == 1
+  assert [v is None for v in rows[0]['search'].values()] == [False, True]
+  assert rows[0]['metric'] == 'accuracy'
+  assert rows[0]['score'] == rows[0]['metrics']['accuracy']
+  left = os.listdir(tmp_path / 'cells')
+  assert not [c for c in left
+              if 'checkpoints' in os.listdir(tmp_path / 'cells' / c)
+              and 'summary.json' in os.listdir(tmp_path / 'cells' / c)]
+
+
+def test_scores_of_several_tasks_are_told_apart():
+  rows = [dict(arm='a', task=t, seed=0, lr=1e-3, metric=m, score=v, trained=10,
+               stored=10, step_seconds=0.1, peak_bytes=2**20)
+          for t, m, v in (('x', 'accuracy', 0.5), ('y', 'perplexity', 12.0))]
+  lines = report.table(rows)
+  assert [(v['metric'], v['score']) for v in lines] == [
+      ('accuracy %', '50.00'), ('perplexity', '12.00')]
+  assert report.table(rows[:1])[0]['accuracy %'] == '50.00'
+
+
 def test_unknown_key_of_an_arm_is_refused(tiny_weights, tmp_path):
   grid = _grid(tiny_weights, (('x', {'optim.rate': 1.0}),))
   with pytest.raises(ValueError, match='optim.rate'):
@@ -75,7 +104,8 @@ def test_unknown_key_of_an_arm_is_refused(tiny_weights, tmp_path):
 
 
 def _rows(**arms):
-  return [dict(arm=a, task='t', seed=s, accuracy=v, trained=len(a))
+  return [dict(arm=a, task='t', seed=s, metric='accuracy', score=v,
+               trained=len(a))
           for a, values in arms.items() for s, v in enumerate(values)]
 
 

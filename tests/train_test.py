@@ -177,6 +177,21 @@ def test_adapter_is_what_was_evaluated(whole):
       model, methods, params, theta, test, 16) == whole.summary['after']
 
 
+def test_runs_that_differ_in_rate_steps_and_seed_share_a_program(tiny):
+  texts = []
+  for lr, steps, seed in ((1e-3, 10, 0), (3e-3, 7, 1)):
+    config = config_lib.defaults()
+    config.batch, config.optim.lr, config.optim.groups.head.lr = 4, lr, 2.0
+    run, _, theta = tiny.run(config, peftjax.load('lowrank.lora', rank=1))
+    run = run._replace(key=jax.random.key(seed))
+    stage = phases.schedule(peftjax.load('lowrank.lora', rank=1), steps)[0]
+    state = step_lib.start(run, stage, theta, 0)
+    lowered, _ = step_lib.lower_step(
+        run, stage, state, dict(image=tiny.x, label=jnp.arange(4)))
+    texts.append(lowered.as_text())
+  assert texts[0] == texts[1]
+
+
 def test_average_by_hand(tiny):
   config = config_lib.defaults()
   config.batch, config.optim.ema = 4, 0.75
