@@ -51,6 +51,14 @@ def conv(width, size, stride=1, groups=1, padding=None, **options):
                  feature_group_count=groups, kernel_init=_INIT, **options)
 
 
+def stages(widths, depths):
+  """[(channels, blocks)] of every stage."""
+  if len(widths) != len(depths):
+    raise ValueError(f'widths {widths} and depths {depths}: expected as many '
+                     'of the one as of the other')
+  return list(zip(widths, depths))
+
+
 def mean(h, mask=None):
   """Mean over rows and columns, [B, H, W, c] -> [B, c] in float32.
 
@@ -203,8 +211,7 @@ class ResNet(ConvNet):
   def plan(self):
     """(name, channels in, channels out, stride) of every block."""
     blocks, c_in = [], self.stem
-    for i, (width, depth) in enumerate(
-        zip(self.widths, self.depths, strict=True)):
+    for i, (width, depth) in enumerate(stages(self.widths, self.depths)):
       for j in range(depth):
         stride = 2 if j == 0 and (i or self.stride_first) else 1
         blocks.append((f'stage_{i}_layer_{j}', c_in, width, stride))
@@ -287,8 +294,7 @@ class ConvNeXt(ConvNet):
     self.conv_norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype,
                                   name='patch_norm')
     layers = []
-    for i, (width, depth) in enumerate(
-        zip(self.widths, self.depths, strict=True)):
+    for i, (width, depth) in enumerate(stages(self.widths, self.depths)):
       if i:
         layers.append(Reduce(width, self.dtype, name=f'reduce_{i}'))
       layers += [self.block(ConvNeXtBlock)(

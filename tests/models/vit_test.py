@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import peftjax as pj
 from peftjax import trees
 from peftjax.models import vit
 from peftjax.models.weights import load_weights
@@ -188,6 +189,115 @@ def test_bad_shapes(changes, shape, match):
   model = vit.ViT(**{**SMALL, **changes})
   with pytest.raises(ValueError, match=match):
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+
+
+# ------------------------------------------------------ further attributes
+
+TOKENS = vit.ViT(
+    classes=3, width=12, depth=2, heads=2, mlp_dim=8, patch=4,
+    tokens=('cls',), registers=2, pool='class_mean', image=(8, 8),
+    gated=True, qkv_bias=False, layer_scale=0.5)
+
+
+@pytest.fixture(scope='module')
+def with_tokens(images):
+  shapes = jax.eval_shape(TOKENS.init, jax.random.key(0), images)['params']
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+      lambda s: jnp.asarray(rng.normal(0.2, 0.3, s.shape), jnp.float32), shapes)
+
+
+def test_parameters_of_tokens_gates_and_scales(with_tokens):
+  flat = {n: a.shape for n, a in trees.flatten(with_tokens).items()}
+  assert flat['cls'] == (1, 1, 12) and flat['registers'] == (1, 2, 12)
+  assert flat['pos'] == (1, 1 + 4, 12) and flat['head/kernel'] == (24, 3)
+  assert {n.removeprefix('block_1/') for n in flat if 'block_1/' in n} == {
+      f'{m}/kernel' for m in ('attn/query', 'attn/key', 'attn/value',
+                              'attn/out', 'mlp/gate_up', 'mlp/down')} | {
+          f'{m}/bias' for m in ('attn/out', 'mlp/gate_up', 'mlp/down', 'norm1',
+                                'norm2')} | {
+              f'{m}/scale' for m in ('norm1', 'norm2', 'scale1', 'scale2')}
+
+
+def test_roles(images):
+  sites = pj.describe(TOKENS, images)
+  assert {s.role for s in sites.values()} == {
+      'q', 'k', 'v', 'o', 'gate', 'up', 'down', 'norm', 'head', ''}
+  assert sites['block_0/mlp/gate_up[0:8]'].role == 'gate'
+  assert sites['block_0/mlp/gate_up[8:16]'].role == 'up'
+  assert {p for p, s in sites.items() if s.role == 'head'} == {'head'}
+
+
+def test_scanned_tokens_equal_unrolled(images, with_tokens):
+  y, grads = outputs(TOKENS, with_tokens, images)
+  scanned = TOKENS.clone(scan=True, remat=True)
+  y2, grads2 = outputs(scanned, trees.stack(with_tokens), images)
+  np.testing.assert_allclose(y2, y, atol=1e-5, rtol=1e-5)
+  assert np.abs(y).max() > 0.1
+  for name, g in trees.flatten(grads).items():
+    np.testing.assert_allclose(trees.flatten(trees.unstack(grads2))[name], g,
+                               atol=1e-4, rtol=1e-4, err_msg=name)
+    assert np.any(g), name
+
+
+def test_pools_read_their_tokens():
+  h = jnp.arange(2 * 7 * 3.).reshape(2, 7, 3)
+  first, second, patches = h[:, 0], h[:, 1], h[:, 3:].mean(1)
+  mask = jnp.ones((2, 7), bool).at[:, 5:].set(False)
+  read = lambda mask=None, **k: np.asarray(
+      vit.ViT(**k).apply({}, h, mask, method='readout'))
+  np.testing.assert_allclose(read(), h.mean(1))
+  one, two = ('cls',), ('cls', 'distilled')
+  np.testing.assert_array_equal(read(tokens=one, pool='class'), first)
+  np.testing.assert_array_equal(read(tokens=two, pool='class'), first)
+  np.testing.assert_array_equal(read(tokens=two, pool='pair'),
+                                np.concatenate([first, second], -1))
+  dino = dict(tokens=one, registers=2, pool='class_mean')
+  np.testing.assert_allclose(read(**dino),
+                             np.concatenate([first, patches], -1))
+  np.testing.assert_allclose(
+      read(mask, **dino), np.concatenate([first, h[:, 3:5].mean(1)], -1))
+
+
+def test_heads(images, with_tokens):
+  body = {n: t for n, t in with_tokens.items() if n != 'head'}
+  run = lambda head, p, **k: jax.eval_shape(
+      TOKENS.clone(head=head, **k).apply, {'params': p}, images).shape
+  assert run(None, body) == (2, 1 + 2 + 4, 12)
+  assert run('pool', body) == (2, 24)
+  with pytest.raises(ValueError, match="unknown head 'lm'.*'classify'"):
+    run('lm', body)
+  with pytest.raises(ValueError, match="unknown pool 'max'.*'class_mean'"):
+    run(None, body, pool='max')
+  with pytest.raises(ValueError, match="'pair' reads 2 learned tokens"):
+    run(None, body, pool='pair')
+
+
+def test_methods_train_on_class_tokens(images, with_tokens):
+  methods = (pj.load('lowrank.lora', rank=2, sites=pj.select(roles='qv')),
+             pj.load('selective.full', sites=pj.select(roles=('head',))))
+  sites = pj.describe(TOKENS, images)
+  theta = pj.init(methods, jax.random.key(0), sites, with_tokens)
+  assert {m: set(t) for m, t in theta.items()} == {
+      'lora': {f'block_{i}/attn/{n}' for i in '01' for n in ('query', 'value')},
+      'full': {'head'}}
+
+  @jax.jit
+  @jax.grad
+  def grads(theta):
+    y, _ = pj.apply(TOKENS, methods, with_tokens, theta, images)
+    return (y ** 2).sum()
+
+  for name, g in trees.flatten(grads(theta)).items():
+    assert np.isfinite(g).all()
+    assert np.any(g) != name.endswith('/a'), name  # b is 0
+
+
+def test_images_of_another_size(images, params, with_tokens):
+  large = jnp.zeros((1, 12, 8, 3))
+  with pytest.raises(ValueError, match='12 x 8 pixels have 6 patches.* 8 x 8'):
+    vit.ViT(**SMALL).apply({'params': params}, large)
+  assert TOKENS.apply({'params': with_tokens}, large).shape == (1, 3)
 
 
 # ------------------------------------------------------------ weight files
