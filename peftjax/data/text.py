@@ -30,8 +30,8 @@ from peftjax.method import nearest
 
 __all__ = [
     'Report', 'Tokenizer', 'check_fits', 'encode_classification', 'encode_lm',
-    'encode_messages', 'encode_pairs', 'encode_prompts', 'encode_seq2seq', 'encode_tagging',
-    'load_tokenizer']
+    'encode_messages', 'encode_pairs', 'encode_prompts', 'encode_seq2seq',
+    'encode_tagging', 'load_tokenizer']
 
 
 def encode_classification(examples, tokenizer, length, classes=None):
@@ -174,7 +174,8 @@ def encode_seq2seq(examples, tokenizer, length, layout='decoder',
     ValueError: also for a target without any token.
   """
   rows = encoding.read_rows(examples)
-  sources, targets = encoding.texts_of(rows, 'source'), encoding.texts_of(rows, 'target')
+  sources = encoding.texts_of(rows, 'source')
+  targets = encoding.texts_of(rows, 'target')
   if layout == 'encdec':
     return _encdec(sources, targets, tokenizer, length,
                    target_length or length, start)
@@ -199,7 +200,8 @@ def encode_seq2seq(examples, tokenizer, length, layout='decoder',
   # Nothing comes before the first token, so that nothing predicts it.
   after = np.arange(length) >= np.maximum(asked, 1)[:, None]
   arrays['weights'] = (arrays['mask'] & after).astype(np.float32)
-  return arrays, encoding.logged('seq2seq', Report(len(rows), cut, longest), length)
+  return arrays, encoding.logged(
+      'seq2seq', Report(len(rows), cut, longest), length)
 
 
 def encode_prompts(examples, tokenizer, length, prompt='plain'):
@@ -214,8 +216,8 @@ def encode_prompts(examples, tokenizer, length, prompt='plain'):
   cut = sum(len(p) > length for p in prompts)
   first = encoding.starts(tokenizer)
   prompts = [_tail(p, length, first) for p in prompts]
-  return (encoding.padded(prompts, length, tokenizer.pad),
-          encoding.logged('prompts', Report(len(prompts), cut, longest), length))
+  return encoding.padded(prompts, length, tokenizer.pad), encoding.logged(
+      'prompts', Report(len(prompts), cut, longest), length)
 
 
 def encode_pairs(examples, tokenizer, length):

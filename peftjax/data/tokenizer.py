@@ -67,7 +67,9 @@ def load_tokenizer(path):
 
   Returns:
     A Tokenizer. Its special tokens are those that the files name; where they
-    name none, those of `WELL_KNOWN` that it has.
+    name none, those of `WELL_KNOWN` that it has. What a text begins and ends
+    with is what tokenizer.json says, whatever the add_bos_token and
+    add_eos_token of tokenizer_config.json are: so does transformers 5.
 
   Raises:
     FileNotFoundError: no such file, or a folder without tokenizer.json.

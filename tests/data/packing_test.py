@@ -112,7 +112,7 @@ def test_packed_logits_equal_single_ones():
 @pytest.mark.parametrize('arrays, length, words', [
     (ragged([3, 6]), 5, 'example 1 has 6 tokens; expected 1 to 5'),
     (ragged([3, 0]), 5, 'example 1 has 0 tokens'),
-    (dict(ids=np.ones((2, 3))), 5, r"arrays \['ids'\]; expected one named mask"),
+    (dict(ids=np.ones((2, 3))), 5, r"\['ids'\]; expected one named mask"),
     (ragged([3]) | dict(label=np.zeros(1)), 5,
      r"'label' of shape \[1\] cannot be packed; expected \[1, 3\]"),
     (dict(mask=np.array([[1, 1], [0, 1]])), 5, 'example 1 has padding before')])

@@ -108,6 +108,16 @@ def test_special_ids_from_a_special_tokens_map(tmp_path):
   assert tokenizer.pad == 3  # no padding token is named: eos
 
 
+def test_texts_begin_and_end_as_tokenizer_json_says(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  save_wordpiece(tmp_path, tokenizer_class='PreTrainedTokenizerFast',
+                 bos_token='[CLS]', eos_token='[MASK]', pad_token='[PAD]',
+                 add_bos_token=False, add_eos_token=True)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  want = theirs(['the cat'], truncation=False, padding=False)['input_ids']
+  assert load_tokenizer(tmp_path).encode(['the cat']) == want == [[2, 5, 6, 3]]
+
+
 def test_ids_of_config_json_where_no_name_is_given(gpt):
   assert (gpt.bos, gpt.eos, gpt.pad, gpt.vocab) == (256, 256, 256, 257)
   assert gpt.decode(gpt.encode(['Größe 1'])[0]) == 'Größe 1'
@@ -387,7 +397,7 @@ def checkpoint(name):
 def test_minilm_encodes_as_transformers_does(length):
   transformers = pytest.importorskip('transformers')
   path = checkpoint('all-MiniLM-L6-v2')
-  first = ['A plane is taking off.', 'Ünbelievably naïve! 世界', '', 'x ' * 40]
+  first = ['A plane takes off.', 'Ünbelievably naïve! 世界', '', 'x ' * 40]
   second = ['An air plane ' * 9, 'the other', 'y', 'short']
   theirs = transformers.AutoTokenizer.from_pretrained(path)(
       first, second, padding='max_length', truncation=True, max_length=length,
