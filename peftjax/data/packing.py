@@ -84,6 +84,9 @@ def pack(arrays, length, pad=0):
   """
   sizes = _sizes(arrays)
   for name, a in arrays.items():
+    if name in _SECOND:
+      raise ValueError(f'{name!r} tells of a second text for each example; '
+                       'expected one to pack')
     if a.shape != arrays['mask'].shape:
       raise ValueError(f'{name!r} of shape {list(a.shape)} cannot be packed; '
                        f'expected {list(arrays["mask"].shape)} as of the mask')
@@ -131,8 +134,9 @@ def bucket_iterator(arrays, batch_size, seed, lengths, shard_index=0,
                     shard_count=1):
   """Endless shuffled batches, each of examples of about one length.
 
-  An example goes to the bucket of the smallest of `lengths` that holds it;
-  axes of T tokens are cut to that length. The order of examples and buckets
+  An example goes to the bucket of the smallest of `lengths` that holds it, and
+  its second text where that has rows of T tokens too; they are cut to that
+  length. The order of examples and buckets
   is a function of seed and step: what is left of a bucket at the end of an
   epoch begins its next batch, so that e epochs hold every example e times, but
   for less than one batch a bucket. A bucket of fewer examples than batch_size
@@ -152,7 +156,7 @@ def bucket_iterator(arrays, batch_size, seed, lengths, shard_index=0,
     length, ...] with get_state() and set_state(state); all shards get the same
     length at the same step.
   """
-  sizes = _sizes(arrays)
+  sizes = _both_sizes(arrays)
   pipeline.check_batch(len(sizes), batch_size, seed, shard_index, shard_count)
   lengths = sorted(set(lengths))
   if not lengths or lengths[0] < 1 or lengths[-1] < sizes.max():
@@ -200,6 +204,19 @@ def bucket_iterator(arrays, batch_size, seed, lengths, shard_index=0,
   steps = grain.MapDataset.range(2 ** 40).map(batch)
   return iter(steps.to_iter_dataset(
       grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+# Rows of a second text, which has tokens of its own.
+_SECOND = ('mask_b', 'target_weights')
+
+
+def _both_sizes(arrays):
+  """Tokens of every example, or of its second text if that is longer."""
+  sizes = _sizes(arrays)
+  for name in _SECOND:
+    if name in arrays and arrays[name].shape == arrays['mask'].shape:
+      sizes = np.maximum(sizes, _sizes(dict(mask=arrays[name] > 0)))
+  return sizes
 
 
 def _sizes(arrays):

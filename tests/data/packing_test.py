@@ -115,6 +115,8 @@ def test_packed_logits_equal_single_ones():
     (dict(ids=np.ones((2, 3))), 5, r"\['ids'\]; expected one named mask"),
     (ragged([3]) | dict(label=np.zeros(1)), 5,
      r"'label' of shape \[1\] cannot be packed; expected \[1, 3\]"),
+    (ragged([3]) | dict(mask_b=np.ones((1, 3))), 5,
+     "'mask_b' tells of a second text"),
     (dict(mask=np.array([[1, 1], [0, 1]])), 5, 'example 1 has padding before')])
 def test_what_cannot_be_packed(arrays, length, words):
   with pytest.raises(ValueError, match=words):
@@ -150,6 +152,17 @@ def test_batches_are_of_one_bucket_and_cut_to_it():
     np.testing.assert_array_equal(
         batch['ids'], arrays['ids'][rows][:, :length])
   assert seen == {4, 8, 16}
+
+
+@pytest.mark.parametrize('name', ['mask_b', 'target_weights'])
+def test_buckets_hold_the_second_text_too(name):
+  first = ragged([2, 2, 2, 2], 8)
+  second = ragged([1, 5, 8, 3], 8)
+  arrays = dict(mask=first['mask'], **{name: second['mask']},
+                size=np.array([1, 5, 8, 3]))
+  for batch in take(packing.bucket_iterator(arrays, 2, 0, (4, 8)), 8):
+    np.testing.assert_array_equal(batch[name].sum(1), batch['size'])
+    assert batch[name].shape == batch['mask'].shape
 
 
 @pytest.mark.parametrize('batch_size', [4, 5, 20])
