@@ -127,7 +127,7 @@ _MIXTURE['qwen3_moe'] = {
     **{f'mlp/experts/{n}': f'mlp.experts.{{e}}.{n}_proj'
        for n in ('gate', 'up', 'down')}}
 _MIXTURE['qwen2_moe'] = {
-    **_MIXTURE['qwen3_moe'], 'mlp/shared_gate': 'mlp.shared_expert_gate',
+    **_MIXTURE['qwen3_moe'],
     **{f'mlp/shared/{n}': f'mlp.shared_expert.{n}_proj'
        for n in ('gate', 'up', 'down')}}
 
@@ -261,6 +261,10 @@ def names(model, model_type):
         out[f'{ours_i}/kernel'] = Tensor(f'{theirs}.weight', kind)
       if biased.get(ours):
         out[f'{ours_i}/bias'] = Tensor(f'{theirs}.bias')
+    if model.experts and model.shared_dim:
+      out[f'block_{i}/mlp/shared_gate'] = Tensor(
+          f'layers.{i}.mlp.shared_expert_gate.weight', 'reshape',
+          (1, model.width))
   if model.head == 'lm' and not model.tied:
     out['head/kernel'] = Tensor('/lm_head.weight', 'linear')
   elif model.head == 'classify':

@@ -179,7 +179,8 @@ class Decoder(nn.Module):
       segments: [B, T] integers: attend only within the same one (packed
         examples). Tokens that a prompt adds are seen by all segments.
       cache: None; or N, to start a cache with room for N tokens more; or the
-        Cache that the last call gave, `ids` being the tokens that follow.
+        Cache that the last call gave, `ids` being the tokens that follow. One
+        that has no room for them gives NaN.
 
     Returns:
       The output; with a cache, (output, Cache). Outputs are of the tokens of
@@ -233,7 +234,10 @@ class Decoder(nn.Module):
       return out
     k, v = (jax.lax.dynamic_update_slice_in_dim(
         old, a.astype(old.dtype), start, axis=2) for old, a in zip(past, new))
-    return out, Cache(k, v, keys, seen, start + mask.shape[1])
+    end = start + mask.shape[1]
+    # A write behind the last slot would land on others, unnoticed.
+    out = jnp.where(end <= keys.shape[1], out, jnp.nan)
+    return out, Cache(k, v, keys, seen, end)
 
   def embed(self, ids):
     """Ids [B, T] -> token vectors [B, T, d]; prompts wrap it."""

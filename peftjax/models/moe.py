@@ -97,6 +97,9 @@ class Mixture(nn.Module):
     y = many(self.mlp_dim, *rest, name='experts')(x)  # [B, T, E, d]
     y = jnp.einsum('bted,bte->btd', y, w.astype(y.dtype))
     if self.shared_dim:
-      g = nn.Dense(1, use_bias=False, dtype=self.dtype, name='shared_gate')(x)
-      y = y + jax.nn.sigmoid(g) * Mlp(self.shared_dim, *rest, name='shared')(x)
+      # A vector and no Dense layer: rank methods have nothing to do on it.
+      init = nn.initializers.normal(x.shape[-1] ** -0.5)
+      g = self.param('shared_gate', init, x.shape[-1:]).astype(x.dtype)
+      g = jax.nn.sigmoid(x @ g)[..., None]
+      y = y + g * Mlp(self.shared_dim, *rest, name='shared')(x)
     return y
