@@ -292,7 +292,8 @@ def _mode(model, method, train, args, kwargs):
 
 
 def apply(model, methods, params, theta, *args, train=False, rng=None,
-          batch=None, variables=None, sites=None, method='__call__', **kwargs):
+          batch=None, variables=None, sites=None, method='__call__',
+          partial=False, **kwargs):
   """Runs the adapted model.
 
   Args:
@@ -310,6 +311,7 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
     sites: For functions only: what `describe(params)` returned.
     method: Name of the Linen model's method to run. One other than __call__
       may leave layers out, and the theta of these.
+    partial: So may this call of __call__: a cached step of generation.
     **kwargs: Keyword inputs of the model.
 
   Returns:
@@ -342,7 +344,8 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
           variables, *args, rngs=rngs, mutable=['aux'], method=method, **kwargs)
   except (errors.ScopeParamNotFoundError, errors.ScopeParamShapeError) as e:
     raise ValueError(f'the params tree does not fit the model: {e}') from e
-  for name, by_path in theta.items() if method == '__call__' else ():
+  whole = method == '__call__' and not partial
+  for name, by_path in theta.items() if whole else ():
     for path, t in by_path.items():
       base, span = views_lib.split_path(path)
       columns = f'{span[0]}:{span[1]}' if span else ''

@@ -192,7 +192,8 @@ class EncDec(nn.Module):
       mask: Of the source, as `encode` had it.
       target_mask: [B, T]; not together with a cache.
       cache: None; or N, to start a cache with room for N tokens more; or the
-        Cache that the last call gave, `targets` being the tokens that follow.
+        Cache that the last call gave, `targets` being the tokens that follow;
+        one that has no room for them gives NaN.
 
     Returns:
       The output [B, T, ...]; with a cache, (output, Cache).
@@ -223,6 +224,8 @@ class EncDec(nn.Module):
     out = self._output(self.readout(h[:, extra:], target_mask))
     if cache is None:
       return out
+    # A write behind the last slot would land on others, unnoticed.
+    out = jnp.where(start + n <= len(keys), out, jnp.nan)
     return out, Cache(*new['self'], *new['cross'], start + n)
 
   def embed(self, ids):

@@ -1,12 +1,11 @@
 """T5 and Flan-T5 checkpoints against transformers, both ways."""
 
-import functools
 import json
 
 import jax
 import numpy as np
 import peftjax
-from peftjax.generate_encdec import generate_encdec
+from peftjax.generate import generate
 from peftjax.interop import encdec as interop
 from peftjax.interop import huggingface
 from peftjax.models import encdec_block
@@ -111,9 +110,7 @@ def test_greedy_generation_token_by_token(case, tmp_path):
       input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask).long(),
       max_new_tokens=24, do_sample=False, num_beams=1).numpy()[:, 1:]
   model, params, _ = huggingface.load(tmp_path, scan=True)
-  run = jax.jit(functools.partial(
-      generate_encdec, model, (), length=24, stop=(36,)))
-  got = np.asarray(run(params, {}, ids, mask))
+  got = np.asarray(generate(model, params, ids, mask, 24, stop_tokens=(36,)))
   np.testing.assert_array_equal(got[:, :want.shape[1]], want)
   assert (got[:, want.shape[1]:] == 0).all()
   assert len({tuple(row) for row in want}) > 2

@@ -1,13 +1,10 @@
 """Encoder-decoders: forms, masks, hooks, adapters and generation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peftjax
 from peftjax import trees
-from peftjax.generate_encdec import generate_encdec
 from peftjax.models import layers
 from peftjax.models.encdec import EncDec
 import pytest
@@ -111,6 +108,8 @@ def test_cached_steps_equal_one_call(params):
   got, want, cache = both(IDS, TARGETS)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
   assert cache.length == 5 and cache.k.shape == (2, 3, 5, 2, 4)
+  y, _ = run(TARGETS[:, :1], None, MASK, cache=cache)  # There is no room.
+  assert np.isnan(y).all()
 
 
 # -------------------------------------------------------------------- methods
@@ -124,13 +123,6 @@ def in_front(f, ids, t, ctx):
   u = f(ids)
   new = jnp.broadcast_to(t['s'], (len(u), *t['s'].shape))
   return jnp.concatenate([new, u], axis=1)
-
-
-def prefix(f, q, t, ctx):
-  """One learned key and value of every head in front of the tokens'."""
-  k, v, mask = ctx.rest
-  new = jnp.broadcast_to(t['s'], (len(k), 1, *k.shape[2:]))
-  return f(q, *(jnp.concatenate([new, a], axis=1) for a in (k, v)), mask)
 
 
 def test_prompts_equal_further_tokens(params):
@@ -196,45 +188,6 @@ def test_lora_and_a_full_head_train(params):
              for v in peftjax.combine(trained, frozen)['lora'].values())
 
 
-def test_generation_with_methods_is_what_the_full_call_would_choose(params):
-  model, stacked = MODEL.clone(scan=True), trees.stack(params)
-  methods = (
-      peftjax.load('lowrank.lora', rank=2, sites=peftjax.select(roles='qv')),
-      hook('prompt', 'embed', in_front, '^$', jnp.ones((2, 8))),
-      hook('start', 'embed_targets', in_front, '^$', jnp.ones((1, 8))),
-      hook('prefix', 'attend', prefix, 'attn$', jnp.ones((2, 4))))
-  sites = peftjax.describe(model, IDS, TARGETS)
-  theta = filled(lambda p: peftjax.init(
-      methods, jax.random.key(0), sites, p), stacked)
-  run = jax.jit(functools.partial(
-      generate_encdec, model, methods, length=6, start=1, stop=()))
-  tokens = np.asarray(run(stacked, theta, IDS, MASK))
-  targets = np.concatenate([np.ones((3, 1), int), tokens[:, :-1]], axis=1)
-  logits, _ = jax.jit(lambda p, t: peftjax.apply(
-      model, methods, p, t, IDS, targets, MASK))(stacked, theta)
-  np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
-  assert len(np.unique(tokens)) > 2
-  bare = jax.tree.map(jnp.zeros_like, theta)
-  other = np.asarray(run(stacked, bare, IDS, MASK))
-  assert (other != tokens).any()
-
-
-def test_sampling_follows_the_softmax():
-  model = EncDec(**SMALL | dict(vocab=4, depth=1))
-  params = filled(model.init, jax.random.key(0), IDS, TARGETS)['params']
-  ids = jnp.ones((4000, 2), jnp.int32)
-  run = jax.jit(functools.partial(
-      generate_encdec, model, (), length=1, stop=(), temperature=0.5))
-  tokens = run(params, {}, ids, None, jax.random.key(1))[:, 0]
-  logits = model.apply({'params': params}, ids[:1], jnp.zeros((1, 1), int))
-  want = np.asarray(jax.nn.softmax(logits[0, 0] / 0.5))
-  got = np.bincount(tokens, minlength=4) / 4000
-  assert want.max() < 0.9 and want.min() < 0.2
-  # Five standard deviations of the frequencies of 4000 draws.
-  np.testing.assert_allclose(
-      got, want, rtol=0, atol=5 * np.sqrt(0.25 / 4000))
-
-
 # ------------------------------------------------------------------ bad input
 def test_bad_input(params):
   run = lambda *args, model=MODEL, **kwargs: jax.eval_shape(
@@ -252,9 +205,3 @@ def test_bad_input(params):
     run(IDS, TARGETS, model=MODEL.clone(head='lmm'))
   with pytest.raises(ValueError, match="no method 'encoded'.*'encode'"):
     peftjax.apply(MODEL, (), params, {}, IDS, method='encoded')
-  for model, kwargs, message in (
-      (MODEL.clone(head=None), {}, "needs head 'lm'"),
-      (MODEL, dict(length=0), 'length=0'),
-      (MODEL, dict(temperature=1.), 'more than 0 and a key')):
-    with pytest.raises(ValueError, match=message):
-      generate_encdec(model, (), params, {}, IDS, **dict(length=2) | kwargs)
