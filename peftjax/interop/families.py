@@ -63,14 +63,15 @@ def example(model, config=None):
 
   Args:
     model: One of peftjax.models.
-    config: config.json, where the side of images stands; 224 otherwise.
+    config: config.json, where the size of images stands; 224 otherwise.
   """
   config = config or {}
   side = config.get('image_size') or config.get('vision_config', {}).get(
       'image_size') or 224
   ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  sides = (side, side) if isinstance(side, int) else tuple(side)
   kinds = dict(ids=ids, targets=ids, images=jax.ShapeDtypeStruct(
-      (1, side, side, config.get('num_channels', 3)), jnp.float32))
+      (1, *sides, config.get('num_channels', 3)), jnp.float32))
   needed = [p.name for p in inspect.signature(model.__call__).parameters.values()
             if p.default is p.empty]
   return tuple(kinds[name] for name in needed)

@@ -102,9 +102,14 @@ def _fresh(model, config, paths):
   """{path: array} of new leaves of a head."""
   if not paths:
     return {}
-  inputs = [jnp.zeros(s.shape, s.dtype) for s in families.example(model, config)]
-  made = trees.flatten(model.init(jax.random.key(0), *inputs)['params'])
-  return {p: made[p] for p in paths}
+
+  @jax.jit  # what is not among the paths is not computed
+  def make(key, *inputs):
+    params = trees.flatten(model.init(key, *inputs)['params'])
+    return {p: params[p] for p in paths}
+
+  return make(jax.random.key(0), *(
+      jnp.zeros(s.shape, s.dtype) for s in families.example(model, config)))
 
 
 class _Source:

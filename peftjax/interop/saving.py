@@ -61,6 +61,9 @@ def save(path, model, params, model_type=None, like=None, companions=None,
   config = {**(like or {}), **module.export(model, model_type),
             'model_type': model_type, 'dtype': str(jnp.dtype(dtype)),
             'peftjax_version': VERSION}
+  if like and len(like.get('id2label') or ()) == len(
+      config.get('id2label') or ()):  # the names of the labels, not LABEL_0
+    config |= {k: like[k] for k in ('id2label', 'label2id') if k in like}
   config.pop('torch_dtype', None)  # the same key's older name
   headed = getattr(model, 'head', None) not in (None, 'pool')
   prefix = module.prefix(model_type) if headed else ''

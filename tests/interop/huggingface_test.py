@@ -19,6 +19,7 @@ from peftjax.interop import huggingface
 from peftjax.interop.tensors import stored_index, stored_shape, Tensor
 from peftjax.interop.tensors import to_ours, to_stored
 from peftjax.models.encoder import Encoder
+from peftjax.models.vit import ViT
 
 TINY = dict(vocab=11, width=8, depth=2, heads=2, mlp_dim=12, positions=16)
 
@@ -159,6 +160,20 @@ def test_new_head_where_the_file_has_none(tiny, folder):
                                 flat['head/dense/kernel'])
 
 
+def test_names_of_labels_are_kept(tiny, folder):
+  model, loaded, config = huggingface.load(folder, head='classify', classes=2)
+  named = {**config, 'id2label': {'0': 'bad', '1': 'good'},
+           'label2id': {'bad': 0, 'good': 1}}
+  again = folder.parent / 'named'
+  huggingface.save(again, model, loaded, like=named)
+  said = families.read_config(again)
+  assert said['id2label'] == named['id2label']
+  other = huggingface.load(folder, head='classify', classes=3)
+  huggingface.save(again, other.model, other.params, like=named,
+                   overwrite=True)
+  assert len(families.read_config(again)['id2label']) == 3
+
+
 def test_missing_left_over_and_wrong_shapes_in_one_message(folder):
   def change(t):
     del t['embeddings.LayerNorm.bias']
@@ -249,6 +264,8 @@ def test_companions_travel(tiny, folder, tmp_path):
 def test_example_inputs():
   (ids,) = families.example(Encoder(**TINY))
   assert ids.dtype == jnp.int32 and ids.shape[0] == 1
+  (images,) = families.example(ViT(), dict(image_size=[32, 48]))
+  assert images.shape == (1, 32, 48, 3)
 
 
 @pytest.mark.parametrize('kind, shape', [
