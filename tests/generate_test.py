@@ -1,11 +1,16 @@
 """Generation with methods applied: what the full call would choose."""
 
+import functools
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peftjax
 from peftjax import trees
-from peftjax.generate import generate
+from peftjax.data.tokenizer import load_tokenizer
+from peftjax.generate import _run, generate, nucleus
+from peftjax.interop import huggingface
 from peftjax.models.decoder import Decoder
 from peftjax.models.encdec import EncDec
 import pytest
@@ -127,3 +132,81 @@ def test_a_part_of_a_model_runs_where_it_is_said():
   with pytest.raises(ValueError, match='never used: .* did not call embed'):
     step()
   assert step(partial=True)[0].shape == (3, 1, 30)
+
+
+SAMPLE = """Once upon a time, there was a little girl named Lily. She loved to \
+play outside in the park. One day, she saw a big, red ball. She wanted to play \
+with it, but it was too high.
+Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know \
+what to do. She said, "I want to play with your ball, but I can't find it."
+Lily was sad and didn't know what to do. She said, "I'm sorry, Lily. I didn't \
+know what to do."
+Lily didn't want to help her mom, so she said, "I'm sorry, mom. I didn't know \
+what to do." Her mom said, "Don't worry, Lily. We can help you."""
+
+
+def test_the_packaged_model_tells_its_documented_story():
+  folder = pathlib.Path(peftjax.__file__).parent / 'weights' / 'stories260k'
+  model, params, _ = huggingface.load(folder, scan=True)
+  tokenizer = load_tokenizer(folder)
+  out = generate(model, params, [[tokenizer.bos]], max_new_tokens=250)
+  text = tokenizer.decode(np.asarray(out)[0])
+  assert len(text) > 500
+  assert SAMPLE.startswith(text)
+
+
+def test_sampling_stops_and_compiles_once():
+  model = Decoder(**SIZES, scan=True)
+  params = filled(model.init, jax.random.key(0), IDS)['params']
+  run = functools.partial(generate, model, params, IDS, MASK, 12)
+  greedy = np.asarray(run(pad=1))
+  # A row ends with its stop token; the others go on as before.
+  stop = int(greedy[0, 2])
+  first = [list(row).index(stop) if stop in row else 12 for row in greedy]
+  want = greedy.copy()
+  for row, n in zip(want, first):
+    row[n + 1:] = 1
+  before = _run._cache_size()
+  np.testing.assert_array_equal(run(stop_tokens=(stop,), pad=1), want)
+  assert (want == 1).any()
+
+  sample = lambda seed, **kwargs: np.asarray(run(
+      rng=jax.random.key(seed), **{'temperature': 1., 'top_p': 0.9, **kwargs}))
+  a = sample(0)
+  np.testing.assert_array_equal(sample(0), a)
+  assert (sample(1) != a).any()
+  np.testing.assert_array_equal(sample(2, temperature=1e-4), greedy)
+  np.testing.assert_array_equal(sample(3, top_p=1e-6), greedy)
+  # With a stop token, and with sampling.
+  assert _run._cache_size() == before + 2
+
+
+def test_padding_on_the_right_is_padding_on_the_left():
+  model = Decoder(**SIZES, scan=True)
+  params = filled(model.init, jax.random.key(0), IDS)['params']
+  right = IDS.copy()
+  for row, mask in zip(right, MASK):
+    row[:mask.sum()], row[mask.sum():] = row[mask], row[~mask]
+  left = generate(model, params, IDS, MASK, 6)
+  np.testing.assert_array_equal(
+      generate(model, params, right, np.sort(~MASK) == 0, 6), left)
+
+
+def test_nucleus():
+  logits = jnp.log(jnp.array([0.1, 0.5, 0.15, 0.25]))
+  kept = lambda p: np.isfinite(nucleus(logits, p)).tolist()
+  assert kept(0.45) == [False, True, False, False]
+  assert kept(0.7) == [False, True, False, True]
+  assert kept(0.8) == [False, True, True, True]
+  assert kept(1.) == [True] * 4
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(temperature=-1.), 'temperature=-1.0'),
+    (dict(temperature=1.), 'give rng'),
+    (dict(top_p=0.), 'top_p=0.0'),
+    (dict(mask=MASK & (np.arange(3) != 1)[:, None]), r'rows \[1\]'),
+])
+def test_bad_settings(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    generate(Decoder(**SIZES), {}, IDS, **kwargs)
