@@ -1,7 +1,9 @@
 """Pretrained models, whichever way they are stored.
 
-`load` takes the name or the path of a weight file of this library ('vit_s',
-'runs/model.safetensors') or a folder in the layout of the Hugging Face hub.
+`load` takes the name of a model that comes with the package ('vit_s'), the path
+of a weight file of this library ('runs/model.safetensors'), a folder in the
+layout of the Hugging Face hub, or a hub id ('org/name'). The tokenizer of a
+weight file is beside it: NAME.safetensors, NAME.tokenizer.json.
 """
 
 import os
@@ -14,7 +16,8 @@ import numpy as np
 
 from peftjax import trees
 from peftjax.interop import huggingface
-from peftjax.models.weights import load_weights, read_config
+from peftjax.interop.files import find_folder
+from peftjax.models.weights import find_weights, load_weights, read_config
 
 
 class Base(NamedTuple):
@@ -23,15 +26,27 @@ class Base(NamedTuple):
   model: nn.Module
   params: Any  # numpy arrays
   config: dict  # of the weight file, or config.json
-  folder: str  # where its tokenizer and preprocessor are; '' for one file
+  folder: str  # where its preprocessor is; '' for one file
+  tokenizer: str  # folder or file; '' where there is none
   fingerprint: str  # of params
+
+
+_PACKAGED = os.path.join(os.path.dirname(__file__), 'weights')
 
 
 def is_folder(weights):
   """Whether `weights` means a Hugging Face folder or hub id."""
   weights = os.fspath(weights)
   return not weights.endswith('.safetensors') and (
-      os.sep in weights or os.path.isdir(weights))
+      os.sep in weights or os.path.isdir(find(weights)))
+
+
+def find(weights):
+  """The packaged folder of that name, where there is one; else `weights`."""
+  weights = os.fspath(weights)
+  folder = os.path.join(_PACKAGED, weights)
+  packaged = os.path.isfile(os.path.join(folder, 'config.json'))
+  return folder if packaged and os.sep not in weights else weights
 
 
 def load(weights, head=None, classes=None, scan=False, remat=False,
@@ -40,7 +55,7 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
 
   Args:
     weights: As above.
-    head: Of a model in a folder; a weight file has the head it was made with.
+    head: What the model's attribute `head` is to be.
     classes: Outputs of a new head; None keeps the stored one.
     scan, remat, dtype: Of the model.
     name: Module of peftjax.models that is expected; '': any.
@@ -50,12 +65,16 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
       model of another module than `name`.
   """
   if is_folder(weights):
-    folder = os.fspath(weights)
+    folder = tokenizer = find_folder(find(weights))
     model, params, config = huggingface.load(
         folder, head=head, classes=classes, scan=scan, remat=remat, dtype=dtype)
   else:
     folder, config = '', read_config(weights)
-    model, params = load_weights(weights, classes=classes, scan=scan)
+    tokenizer = find_weights(weights).removesuffix('safetensors') + (
+        'tokenizer.json')
+    tokenizer = tokenizer if os.path.isfile(tokenizer) else ''
+    model, params = load_weights(
+        weights, classes=classes, scan=scan, head=head)
     more = dict(dtype=jnp.dtype(dtype), **(dict(remat=True) if remat else {}))
     for key in more:
       if key not in model.__dataclass_fields__:
@@ -67,22 +86,18 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
     raise ValueError(f'model.name={name!r}, but the weights {weights!r} are of '
                      f'{module!r}: expected model.name={module!r} or ""')
   params = jax.tree.map(np.asarray, params)
-  return Base(model, params, config, folder, trees.fingerprint(params))
+  return Base(
+      model, params, config, folder, tokenizer, trees.fingerprint(params))
 
 
-def image_side(base):
-  """Side in pixels of the images that a base was trained on."""
+def image_size(base):
+  """(H, W) in pixels of the images that a base was trained on."""
   config = base.config
   if 'input' in config:
-    return config['input'][1]
+    return tuple(config['input'][1:3])
   side = config.get('image_size') or config.get(
       'vision_config', {}).get('image_size') or 224
-  return side if isinstance(side, int) else side[0]
-
-
-def vocabulary(base):
-  """Rows of the table of token vectors."""
-  return base.model.vocab
+  return (side, side) if isinstance(side, int) else tuple(side)
 
 
 def positions(base):

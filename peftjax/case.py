@@ -8,19 +8,19 @@ import os
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from peftjax import bases
-from peftjax.data import pipeline, sources, text
+from peftjax.data import packing, pipeline, sources, text
 from peftjax.method import nearest
 from peftjax.tasks import base as base_lib
-from peftjax.tasks import classification
+from peftjax.tasks import classification, images, lm, regression, retrieval
+from peftjax.tasks import seq2seq, tagging
 
-# Task -> (kinds of data, head of a model from a folder, argument of its call).
-TASKS = dict(
-    image=(('image',), 'classify', 'images'),
-    classify=(('classification',), 'classify', 'ids'),
-    regress=(('regression',), 'classify', 'ids'))
+# config.task.name -> its module.
+TASKS = dict(image=images, classify=classification, regress=regression,
+             tag=tagging, lm=lm, seq2seq=seq2seq, retrieve=retrieval)
+# Their labels are no classes.
+_UNSMOOTHED = ('regress', 'retrieve')
 
 
 class Case(NamedTuple):
@@ -75,37 +75,79 @@ def load(config, splits, classes=None, cache=None):
   spec, name = config.task, config.task.name
   if name not in TASKS:
     raise ValueError(f'task.name={name!r}: unknown task{nearest(name, TASKS)}')
-  kinds, head, argument = TASKS[name]
-  if config.loss.label_smoothing and name in ('regress', 'retrieve'):
+  module = TASKS[name]
+  if config.loss.label_smoothing and name in _UNSMOOTHED:
     raise ValueError(
-        f'loss.label_smoothing={config.loss.label_smoothing}: task {name!r} has '
-        'no classes to smooth over; expected 0')
-  opened = {s: _open(config.data, s) for s in splits}
+        f'loss.label_smoothing={config.loss.label_smoothing}: task {name!r} '
+        'has no classes to smooth over; expected 0')
+  opened = {s: keep(
+      cache, f'source {s}', config.data.to_dict(),
+      lambda s=s: _open(config.data, s)) for s in splits}
   for source in opened.values():
-    if source.kind not in kinds:
-      fitting = [t for t, (k, *_) in TASKS.items() if source.kind in k]
+    if source.kind not in module.KINDS:
+      fitting = [t for t, m in TASKS.items() if source.kind in m.KINDS]
       raise ValueError(
-          f'task.name={name!r} needs data of the kind {" or ".join(kinds)}; '
-          f'{source.name} is {source.kind}, which fits '
-          f'{" or ".join(map(repr, fitting)) or "no task"}')
-  first = next(iter(opened.values()))
-  classes = classes or _classes(name, first.labels)
-  task = _task(spec, first, classes)
-  weights = config.model.weights
+          f'task.name={name!r} needs data of the kind '
+          f'{" or ".join(module.KINDS)}; {source.name} is {source.kind}, which '
+          f'fits {" or ".join(map(repr, fitting)) or "no task"}')
+  held_out = opened[splits[-1]]
+  classes = classes or module.outputs(held_out)
+  model, weights = config.model, config.model.weights
+  head = spec.head or module.HEAD
   base = keep(
-      cache, 'base', (weights, _age(weights), head, classes, config.model.scan,
-                      config.model.remat, config.dtype),
-      lambda: bases.load(
-          weights, spec.head or head, classes, config.model.scan,
-          config.model.remat, jnp.dtype(config.dtype), config.model.name))
-  base_lib.must_take(base.model, argument, name)
+      cache, 'base', (weights, _age(weights), head, classes, model.to_dict(),
+                      config.dtype),
+      lambda: bases.load(weights, head, classes, model.scan, model.remat,
+                         jnp.dtype(config.dtype), model.name))
+  base_lib.must_take(base.model, module.CALL, name)
+  task = module.task(spec, held_out, classes, base)
+  tokenizer = None if module is images else _tokenizer(spec, base)
   arrays = {}
   for split, source in opened.items():
-    key = (config.data.to_dict(), spec.to_dict(), split, weights, classes)
+    train = split == 'train' and len(opened) > 1
+    key = (config.data.to_dict(), spec.to_dict(), train, weights, classes)
     arrays[split] = keep(
-        cache, f'arrays {split}', key,
-        lambda source=source: _encode(spec, source, base, classes))
+        cache, f'arrays {split}', key, lambda source=source, train=train:
+        module.arrays(spec, source, base, tokenizer, classes, train))
+  if module is seq2seq:
+    task = task._replace(generate=seq2seq.writer(
+        spec, held_out, base, tokenizer, config.eval_batch))
   return Case(task, base, classes, arrays)
+
+
+def batches(config, arrays, shard=0, shards=1):
+  """Batches to train on, and the lengths that they have.
+
+  Args:
+    config: ConfigDict; batch, seed and task.buckets are read.
+    arrays: {name: [N, ...]}.
+    shard, shards: Which part of every batch is read here.
+
+  Returns:
+    (iterator with get_state and set_state, tuple of numbers of tokens); one
+    None where all batches have the shape of the arrays.
+  """
+  args = (arrays, config.batch, config.seed)
+  count = config.task.buckets
+  if count < 2:
+    return pipeline.train_iterator(*args, shard, shards), (None,)
+  others = {'mask_b', 'targets_in', 'segments'} & set(arrays)
+  if 'mask' not in arrays or others:
+    raise ValueError(
+        f'task.buckets={count}: batches of task {config.task.name!r} have no '
+        f'single length to be sorted by ({", ".join(sorted(arrays))}); '
+        'expected 0')
+  lengths = packing.bucket_lengths(arrays['mask'].shape[1], count)
+  return packing.bucket_iterator(*args, lengths, shard, shards), lengths
+
+
+def cut(arrays, length):
+  """Arrays with so many tokens; None: as they are."""
+  if length is None:
+    return arrays
+  full = arrays['mask'].shape[1]
+  return {k: v[:, :length] if v.ndim > 1 and v.shape[1] == full else v
+          for k, v in arrays.items()}
 
 
 def _age(weights):
@@ -142,80 +184,11 @@ def _options(options):
   return {k: v for k, v in options.items() if v is not None}
 
 
-def _classes(name, labels):
-  """Outputs of the head that a task needs, or None."""
-  if name in ('image', 'classify', 'tag'):
-    return len(labels)
-  return 1 if name == 'regress' else None
-
-
-# What data sets call their metrics -> ours.
-_METRICS = {'matthews_correlation': 'matthews', 'pearson/spearman': 'pearson'}
-
-
-def _task(spec, source, classes):
-  """The task of `config.task` on data such as `source`."""
-  metric = spec.metric or _METRICS.get(source.metric, '')
-  if spec.name == 'image':
-    return classification.classify(
-        'image', classification.image_inputs, classes, metric)
-  if spec.name == 'classify':
-    return classification.classify(
-        'classify', classification.text_inputs, classes, metric)
-  return classification.regress(classification.text_inputs, metric)
-
-
-# ------------------------------------------------------------------- encoding
-def _encode(spec, source, base, classes):
-  """{name: [N, ...]} of the examples of a split."""
-  if spec.name == 'image':
-    return _images(source, base, classes)
-  tokenizer = text.load_tokenizer(_tokenizer(spec, base))
-  text.check_fits(tokenizer, bases.vocabulary(base), bases.positions(base),
-                  spec.length)
-  arrays, _ = text.encode_classification(
-      source.examples, tokenizer, spec.length,
-      classes if spec.name == 'classify' else None)
-  if spec.name == 'regress':
-    arrays['label'] = arrays['label'].astype(np.float32)
-  return _trimmed(_with_types(arrays, base.model))
-
-
-def _images(source, base, classes):
-  images = [e['image'] for e in _all(source.examples)]
-  label = np.array([e['label'] for e in _all(source.examples)], np.int32)
-  pipeline.check_labels(label, classes)
-  return dict(image=pipeline.scale_images(
-      np.stack(images), bases.image_side(base)), label=label)
-
-
-def _all(examples):
-  return (examples[i] for i in range(len(examples)))
-
-
 def _tokenizer(spec, base):
-  """Where the tokenizer of a base is."""
-  if not (spec.tokenizer or base.folder):
-    raise ValueError('task.tokenizer is not set, and the weights are one file '
-                     'without a tokenizer: expected a folder or a JSON file')
-  return spec.tokenizer or base.folder
-
-
-def _with_types(arrays, model):
-  """Without the token types that a model does not have."""
-  if 'types' in arrays and getattr(model, 'types', 0) < 2:
-    return {k: v for k, v in arrays.items() if k != 'types'}
-  return arrays
-
-
-def _trimmed(arrays, by=8):
-  """Without columns that are padding in all rows, but for a multiple of `by`.
-
-  Nothing that a model sees changes, but what it costs: `length` is what a text
-  may have at most.
-  """
-  longest = int(arrays['mask'].sum(1).max())
-  length = arrays['mask'].shape[1]
-  short = min(-(-longest // by) * by, length)
-  return {k: v[:, :short] if v.ndim > 1 and v.shape[1] == length else v
-          for k, v in arrays.items()}
+  """The tokenizer of a base; raises where it does not fit it."""
+  if not (spec.tokenizer or base.tokenizer):
+    raise ValueError('task.tokenizer is not set, and beside the weights there '
+                     'is none: expected a folder or a JSON file')
+  found = text.load_tokenizer(spec.tokenizer or base.tokenizer)
+  text.check_fits(found, base.model.vocab, bases.positions(base), spec.length)
+  return found

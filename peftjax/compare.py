@@ -125,10 +125,10 @@ def search(grid, arm, task, workdir, say, cache=None):
     say(f'{arm[0]} {task[0]} lr {lr:.3g} (search)')
     summary = run_cell(
         config, workdir, _name(task[0], arm[0], f'lr{lr:.3g}'), cache)
-    scores[lr] = summary and summary['after'][summary['metric']]
+    scores[lr] = summary and summary['after'][summary['main']]
     if summary and not math.isnan(scores[lr]):
       # Of equal ones the smallest rate.
-      ranks[lr] = (measures.better(summary['metric']) * scores[lr], -lr)
+      ranks[lr] = (measures.better(summary['main']) * scores[lr], -lr)
   return max(ranks, key=ranks.get, default=None), scores
 
 
@@ -157,7 +157,7 @@ def run(grid, workdir, say=print):
         if summary is None:
           failures.append(label)
           continue
-        after, metric = summary['after'], summary['metric']
+        after, metric = summary['after'], summary['main']
         rows.append(dict(
             arm=arm[0], task=task[0], seed=seed, lr=lr, metric=metric,
             score=after[metric], loss=after['loss'],

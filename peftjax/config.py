@@ -36,9 +36,9 @@ def defaults():
   c.eval_split = 'test'
   c.eval_before = True  # also before the first step
   c.dtype = 'float32'  # of the computation; parameters stay float32
-  # weights: what `bases.load` takes: the name of a weight file of the package, a
-  # path of one, or a folder in Hugging Face's layout; name: the module of
-  # peftjax.models that it must be of, '': any.
+  # weights: what `bases.load` takes: the name of a weight file of the package,
+  # a path of one, a folder in Hugging Face's layout or a hub id; name: the
+  # module of peftjax.models that they must be of, '': any.
   c.model = dict(name='', weights='vit_s', scan=False, remat=False)
   # name, path, options: as `data.sources.open_split` takes them. The first so
   # many examples of the splits are used; 0: all. splits: what the set calls
@@ -50,7 +50,15 @@ def defaults():
       metric='',  # that learning rates are chosen by; '': the task's first
       head='',  # of the model; '': the task's
       tokenizer='',  # folder or file; '': where the weights are
-      length=128)  # most tokens of a text
+      length=128,  # most tokens of a text; of prompt and answer together
+      target_length=0,  # of an encoder-decoder's targets; 0: length
+      buckets=0,  # lengths that batches may have, the last halved; 0: one
+      packed=False,  # lm, seq2seq: several texts in a row of training
+      prompt='plain',  # seq2seq: see peftjax.data.chat
+      max_new_tokens=64,  # seq2seq: written at evaluation
+      answer='',  # seq2seq: see measures.answer; '': as the answers look
+      temperature=0.05,  # retrieve: what cosines are divided by
+      scale=5.0)  # retrieve: the largest similarity
   # ({'name': 'lowrank.lora', 'rank': 8}, ...), innermost first.
   c.method = ()
   c.loss = dict(label_smoothing=0.0)
@@ -98,7 +106,10 @@ def check(config):
       raise ValueError(f'{key}={value!r}{nearest(value, choices)}')
   for key, least in (('steps', 0), ('seed', 0), ('batch', 1), ('eval_batch', 1),
                      ('data.train', 0), ('data.validation', 0),
-                     ('data.test', 0), ('task.length', 1), ('log_every', 1),
+                     ('data.test', 0), ('task.length', 1),
+                     ('task.target_length', 0), ('task.buckets', 0),
+                     ('task.max_new_tokens', 1),
+                     ('log_every', 1),
                      ('eval_every', 0), ('checkpoint_every', 0), ('keep', 1)):
     if _get(have, key) < least:
       raise ValueError(f'{key}={_get(have, key)}: expected at least {least}')
@@ -106,6 +117,10 @@ def check(config):
               'loss.label_smoothing'):
     if not 0 <= _get(have, key) < 1:
       raise ValueError(f'{key}={_get(have, key)}: expected a number in [0, 1)')
+  for key in ('task.temperature', 'task.scale'):
+    if not 0 < _get(have, key) < math.inf:
+      raise ValueError(f'{key}={_get(have, key)}: expected a finite number '
+                       'above 0')
   for key in ('optim.lr', 'optim.weight_decay', 'optim.clip', 'optim.eps'):
     if not 0 <= _get(have, key) < math.inf:
       raise ValueError(f'{key}={_get(have, key)}: expected a finite number, at '

@@ -24,7 +24,7 @@ from peftjax.artifact import load_adapter
 from peftjax.data import pipeline
 from peftjax.method import nearest
 from peftjax.sites import describe
-from peftjax.tasks import classification
+from peftjax.tasks import classification, images
 
 
 def evaluator(model, methods, arrays, batch, mesh=None, task=None):
@@ -46,8 +46,7 @@ def evaluator(model, methods, arrays, batch, mesh=None, task=None):
   """
   if task is None:
     task = classification.classify(
-        'image', classification.image_inputs,
-        max(2, int(np.max(arrays['label'])) + 1))
+        'image', images.inputs, max(2, int(np.max(arrays['label'])) + 1))
   mesh = mesh or sharding.make_mesh(dict(data=1, model=1))
   parts = mesh.shape['data']
   rows = len(next(iter(arrays.values())))
@@ -78,7 +77,7 @@ def evaluator(model, methods, arrays, batch, mesh=None, task=None):
             for k in found[0][2]}
     out = dict(task.metrics(kept), loss=loss / max(total, 1e-8), n=rows)
     if write and task.generate:
-      out |= task.generate(model, methods, params, theta, arrays, mesh)
+      out |= task.generate(model, methods, params, theta)
     return out
 
   return run

@@ -1,8 +1,8 @@
 """What results are measured with, on numpy arrays and strings.
 
 Every measure is a fraction, 1 for a perfect result (correlations go from -1 to
-1), but for those in `PLAIN`. What scikit-learn, scipy, sacrebleu and rouge-score
-have is theirs; entities, NIST and calibration are written out here.
+1), but for those in `PLAIN`. What scikit-learn, scipy, sacrebleu and
+rouge-score have is theirs; entities, NIST and calibration are written out here.
 """
 
 import collections
@@ -144,7 +144,8 @@ def entity_f1(labels, predictions):
   right = said = there = 0
   for true, guess in zip(labels, predictions, strict=True):
     if len(true) != len(guess):
-      raise ValueError(f'entity_f1: {len(true)} tags and {len(guess)} predicted')
+      raise ValueError(
+          f'entity_f1: {len(true)} tags and {len(guess)} predicted')
     a, b = entities(true), entities(guess)
     right, said, there = right + len(a & b), said + len(b), there + len(a)
   return dict(precision=right / said if said else 0.0,
@@ -249,6 +250,8 @@ def rouge_l(predictions, references):
                         for p, rs in zip(predictions, refs)]))
 
 
+# Kinds of short answers.
+ANSWERS = ('text', 'number', 'line', 'last', 'option')
 _NUMBER = re.compile(r'-?\d[\d,]*(?:\.\d+)?|-?\.\d+')
 
 
@@ -257,14 +260,15 @@ def answer(text, kind='text'):
 
   kind: 'text', all of it, without case, articles, punctuation at its ends and
     double spaces; 'number', the last number; 'line', the first line, as 'text';
-    'option', the first letter A to E that stands alone.
+    'last', the last word, as 'text'; 'option', the first letter A to E that
+    stands alone.
 
   Returns:
     A string; '' where there is none.
   """
-  kinds = ('text', 'number', 'line', 'option')
-  if kind not in kinds:
-    raise ValueError(f'unknown kind of answer {kind!r}{nearest(kind, kinds)}')
+  if kind not in ANSWERS:
+    raise ValueError(
+        f'unknown kind of answer {kind!r}{nearest(kind, ANSWERS)}')
   if kind == 'number':
     found = _NUMBER.findall(text)
     return f'{float(found[-1].replace(",", "")):.10g}' if found else ''
@@ -273,6 +277,8 @@ def answer(text, kind='text'):
     return found[1] if found else ''
   if kind == 'line':
     text = text.strip().split('\n', 1)[0]
+  if kind == 'last':
+    text = (text.split() or [''])[-1]
   words = text.lower().strip(' \t\n.,;:!?"\'()[]').split()
   return ' '.join(w for w in words if w not in ('a', 'an', 'the'))
 

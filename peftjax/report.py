@@ -97,7 +97,7 @@ def markdown(lines):
 
 
 def pareto(rows, path):
-  """Draws scores against trained parameters with intervals, one plot a task; PNG.
+  """Draws scores against trained parameters with intervals; PNG, a plot a task.
 
   The line joins the arms that no other arm beats with fewer parameters.
   """

@@ -38,7 +38,6 @@ from peftjax import step as step_lib
 from peftjax import theta as theta_lib
 from peftjax import trees
 from peftjax.artifact import save_adapter
-from peftjax.data import pipeline
 from peftjax.evaluate import evaluator
 from peftjax.method import load
 from peftjax.sites import describe
@@ -84,10 +83,10 @@ def train(config, workdir, progress=True, cache=None):
 
   Returns:
     What summary.json holds: 'before' and 'after' (metrics on eval_split; with
-    ema, those of the average; before is None without eval_before), 'metric'
+    ema, those of the average; before is None without eval_before), 'main'
     (the name of the one that the task is judged by), 'trained', 'stored',
-    'base' (counts), 'steps_per_second', 'compile_seconds', 'peak_bytes' (of the largest step),
-    'config', 'versions', 'devices', 'fingerprint', 'adapter'. After SIGTERM
+    'base' (counts), 'steps_per_second', 'compile_seconds', 'peak_bytes' (of
+    the largest step), 'config', 'versions', 'devices', 'fingerprint', 'adapter'. After SIGTERM
     only dict(stopped_at=step).
 
   Raises:
@@ -119,9 +118,8 @@ def _train(config, workdir, progress, cache, saved, stopped):
 
   # ---------------------------------------------------------------------- data
   arrays, held_out = case.arrays['train'], case.arrays[config.eval_split]
-  batches = pipeline.train_iterator(
-      arrays, config.batch, config.seed, jax.process_index(),
-      jax.process_count())
+  batches, lengths = case_lib.batches(
+      config, arrays, jax.process_index(), jax.process_count())
   batch_at = sharding.batch_sharding(mesh)
 
   def evaluate_with(stage):
@@ -178,17 +176,21 @@ def _train(config, workdir, progress, cache, saved, stopped):
         continue
       pace = step_lib.pace_of(run, stage)
       tick = time.perf_counter()
-      compiled, tx = step_lib.compile_step(run, stage, state, arrays)
+      compiled = {}
+      for length in lengths:
+        compiled[length], tx = step_lib.compile_step(
+            run, stage, state, case_lib.cut(arrays, length))
+        clock['peak_bytes'] = max(
+            clock['peak_bytes'], step_lib.peak_bytes(compiled[length]))
       clock['compile_seconds'] += time.perf_counter() - tick
-      clock['peak_bytes'] = max(
-          clock['peak_bytes'], step_lib.peak_bytes(compiled))
       pending = collections.deque()
       tick = time.perf_counter()
       while step < stage.end:
         batch = sharding.put_batch(next(batches), batch_at)
         # Nothing is copied to or from a device behind our back.
         with jax.transfer_guard('disallow'):
-          state, metrics = compiled(state, run.params, batch, pace)
+          length = batch['mask'].shape[1] if len(lengths) > 1 else lengths[0]
+          state, metrics = compiled[length](state, run.params, batch, pace)
         step += 1
         pending.append((step, metrics, batch))
         stop = stopped()
@@ -233,7 +235,8 @@ def _train(config, workdir, progress, cache, saved, stopped):
     trained, _ = theta_lib.partition(stages[-1].methods, theta)
     adapter = os.path.join(workdir, ADAPTER)
     summary = dict(
-        before=before, after=after, metric=task.main, trained=trees.count(trained),
+        before=before, after=after, main=task.main,
+        trained=trees.count(trained),
         stored=trees.count(theta), base=trees.count(base), steps=step,
         steps_per_second=clock['steps'] / clock['seconds']
         if clock['steps'] else None,

@@ -14,7 +14,7 @@ from peftjax import phases
 from peftjax import sharding
 from peftjax import step as step_lib
 from peftjax.models.vit import ViT
-from peftjax.tasks import classification
+from peftjax.tasks import classification, images
 
 RULES = ((r'(query|key|value|up)/kernel', (None, 'model')),
          (r'(out|down)/kernel', ('model', None)),
@@ -128,7 +128,7 @@ def test_eight_devices_train_as_one(tiny):
         (p, (None, *axes)) for p, axes in RULES[:2]) + RULES[2:]
     at = sharding.params_sharding(mesh, rules, tiny.params)
     task = classification.classify(
-        'image', classification.image_inputs, classes=10)
+        'image', images.inputs, classes=10)
     run = step_lib.Run(
         config, task, tiny.model, sharding.put_global(tiny.params, at),
         tiny.sites, mesh, at, jax.random.key(0))

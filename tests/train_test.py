@@ -28,7 +28,7 @@ from peftjax import train as train_lib
 from peftjax.data import pipeline
 from peftjax.models.vit import ViT
 from peftjax.models.weights import load_weights
-from peftjax.tasks import classification
+from peftjax.tasks import classification, images
 
 STEPS = 30
 LORA = dict(name='lowrank.lora', rank=2, dropout=0.1, sites=dict(roles='qv'))
@@ -65,7 +65,7 @@ def tiny():
     stage = phases.schedule(methods, 10)[0]
     theta = peftjax.init(methods, jax.random.key(2), sites, params)
     task = classification.classify(
-        'image', classification.image_inputs, classes=10)
+        'image', images.inputs, classes=10)
     return step_lib.Run(
         config, task, model, params, sites, mesh,
         sharding.params_sharding(mesh, (), params),

@@ -29,7 +29,8 @@ from peftjax import trees
 _FOLDER = os.path.join(os.path.dirname(os.path.dirname(__file__)), 'weights')
 
 
-def load_weights(path_or_name, classes=None, key=None, scan=False):
+def load_weights(path_or_name, classes=None, key=None, scan=False,
+                 head='own'):
   """Reads a weight file -> (Linen model, params in float32).
 
   Args:
@@ -41,13 +42,16 @@ def load_weights(path_or_name, classes=None, key=None, scan=False):
     key: draw the new head's kernel from N(0, 0.02^2) instead of zeros.
     scan: build the model with scan=True and stack block_0, block_1, ... into
       'blocks'.
+    head: 'own' for the head that the file was made with; else what the model's
+      attribute `head` is to be; a model without one classifies. Another head
+      than the file's is new.
 
   Raises:
     FileNotFoundError: no such path.
-    ValueError: unknown name, unreadable file, or tensors that are missing,
+    ValueError: a head that the model does not have, unknown name, unreadable file, or tensors that are missing,
       left over or of another shape than the model's.
   """
-  path = _resolve(path_or_name)
+  path = find_weights(path_or_name)
   tensors, config = _read(path)
   model_class = _model_class(config, path)
   args = dict(config['args'])
@@ -55,6 +59,14 @@ def load_weights(path_or_name, classes=None, key=None, scan=False):
     raise ValueError(
         f'scan=True: {config["module"]} has no scanned form; use scan=False')
   fresh = classes is not None or not any(_is_head(n) for n in tensors)
+  if head != 'own':
+    fields = model_class.__dataclass_fields__
+    if 'head' in fields:
+      fresh |= head != args.get('head', fields['head'].default)
+      args['head'] = head
+    elif head != 'classify':
+      raise ValueError(f'head={head!r}: {config["module"]} has a head that '
+                       "classifies and no other; expected 'classify'")
   if classes is not None:
     args['classes'] = classes
   if fresh:
@@ -73,7 +85,7 @@ def load_weights(path_or_name, classes=None, key=None, scan=False):
 
 def read_config(path_or_name):
   """The 'config' entry of a weight file; errors as in `load_weights`."""
-  return _read(_resolve(path_or_name))[1]
+  return _read(find_weights(path_or_name))[1]
 
 
 def save_weights(path, params, config, dtype=jnp.float16):
@@ -108,7 +120,8 @@ def save_weights(path, params, config, dtype=jnp.float16):
   os.replace(part, path)
 
 
-def _resolve(path_or_name):
+def find_weights(path_or_name):
+  """Path of a weight file; errors as in `load_weights`."""
   name = os.fspath(path_or_name)
   if name.endswith('.safetensors') or os.sep in name:
     if not os.path.isfile(name):

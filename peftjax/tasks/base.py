@@ -10,6 +10,7 @@ from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from peftjax.method import nearest
@@ -30,8 +31,8 @@ class Task(NamedTuple):
       compute metrics from.
     metrics: `{name: [N, ...]} -> {name: float}` over all rows.
     watch: `(out, batch) -> {name: scalar}`, reported with every step's loss.
-    generate: `(model, methods, params, theta, arrays) -> {name: float}`, metrics
-      of what the model writes; None: it writes nothing.
+    generate: `(model, methods, params, theta) -> {name: float}`, metrics of
+      what the model writes for the held-out examples; None: it writes nothing.
   """
 
   name: str
@@ -107,3 +108,29 @@ def must_take(model, name, task):
     raise ValueError(
         f'task.name={task!r} needs {kinds[name]}, but '
         f'{type(model).__name__} is called with {takes(model)}')
+
+
+# --------------------------------------------------------------- text arrays
+def with_types(arrays, model):
+  """Arrays without the token types that a model does not have."""
+  if 'types' in arrays and getattr(model, 'types', 0) < 2:
+    return {k: v for k, v in arrays.items() if k != 'types'}
+  return arrays
+
+
+def trimmed(arrays, masks=('mask',), by=8):
+  """Arrays without columns that are padding in all rows.
+
+  The width left is a multiple of `by`. Nothing that a model computes changes
+  but the time it takes: `config.task.length` is what a text may have at most.
+
+  Args:
+    arrays: {name: [N, ...]}.
+    masks: Names of the masks [N, T]; a text's tokens are where they are True.
+    by: See above.
+  """
+  longest = max(int(np.asarray(arrays[m]).sum(1).max()) for m in masks)
+  length = arrays[masks[0]].shape[1]
+  short = min(-(-longest // by) * by, length)
+  return {k: v[:, :short] if v.ndim > 1 and v.shape[1] == length else v
+          for k, v in arrays.items()}

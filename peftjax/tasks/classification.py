@@ -1,29 +1,61 @@
-"""Classification of images and of texts or pairs of them, and regression.
+"""Classification of texts and of pairs of texts; what images share with it.
 
-Batches:
-  image     image float32 [B, H, W, 3], label int32 [B]
-  classify  ids int32 [B, T], mask bool [B, T], types int32 [B, T] (of pairs,
-            where the model has types), label int32 [B]
-  regress   the same, label float32 [B]; the model has one output
+Batches: ids int32 [B, T], mask bool [B, T], types int32 [B, T] (of pairs, where
+the model has types), label int32 [B].
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from peftjax import measures
-from peftjax.tasks.base import cross_entropy, main_metric, Task
+from peftjax.data import text
+from peftjax.tasks import base as base_lib
+from peftjax.tasks.base import Task
 
-CLASSIFY = ('accuracy', 'f1', 'macro_f1', 'matthews', 'ece')
-REGRESS = ('pearson', 'spearman', 'mse')
+KINDS, HEAD, CALL = ('classification',), 'classify', 'ids'
+METRICS = ('accuracy', 'f1', 'macro_f1', 'matthews', 'ece')
+# What data sets call their metric, where it is not the first of the task's.
+_NAMES = {'matthews_correlation': 'matthews'}
 
 
-def image_inputs(batch):
-  """(args, kwargs) of an image model's call."""
-  return (batch['image'],), {}
+def outputs(source):
+  """Outputs of the head."""
+  return len(source.labels)
 
 
-def text_inputs(batch):
+def metric_of(spec, source):
+  """The metric of a config, or the one that the data name."""
+  return spec.metric or _NAMES.get(source.metric, '')
+
+
+def task(spec, source, classes, base):
+  """The `Task`.
+
+  Args:
+    spec: `config.task`.
+    source: A `data.sources.Source` of the data.
+    classes: Outputs of the head.
+    base: The `bases.Base`.
+  """
+  del base
+  return classify('classify', inputs, classes, metric_of(spec, source))
+
+
+def arrays(spec, source, base, tokenizer, classes, train):
+  """{ids, mask, types, label} of a split's examples.
+
+  Args:
+    spec, source, classes, base: As of `task`.
+    tokenizer: Of the base.
+    train: Whether it is what is trained on.
+  """
+  del train
+  found, _ = text.encode_classification(
+      source.examples, tokenizer, spec.length, classes)
+  return base_lib.trimmed(base_lib.with_types(found, base.model))
+
+
+def inputs(batch):
   """(args, kwargs) of a text model's call."""
   return (batch['ids'],), {
       k: batch[k] for k in ('mask', 'types') if k in batch}
@@ -36,7 +68,7 @@ def classify(name, inputs, classes, metric=''):
     name: Of the task.
     inputs: `batch -> (args, kwargs)`.
     classes: Their number, at least 2.
-    metric: Name in `CLASSIFY`; 'f1' is of class 1 and there for two classes
+    metric: Name in `METRICS`; 'f1' is of class 1 and there for two classes
       alone. '' stands for 'accuracy'.
 
   Raises:
@@ -45,10 +77,10 @@ def classify(name, inputs, classes, metric=''):
   if classes < 2:
     raise ValueError(f'task {name!r} has {classes} classes: expected at least '
                      "2; numbers are predicted by task.name='regress'")
-  known = tuple(m for m in CLASSIFY if m != 'f1' or classes == 2)
+  known = tuple(m for m in METRICS if m != 'f1' or classes == 2)
 
   def loss(out, batch, smoothing=None):
-    return cross_entropy(out, batch['label'], smoothing), None
+    return base_lib.cross_entropy(out, batch['label'], smoothing), None
 
   def measure(out, batch):
     out = out.astype(jnp.float32)
@@ -66,36 +98,8 @@ def classify(name, inputs, classes, metric=''):
       found['f1'] = measures.f1(label, guess)
     return found
 
-  return Task(name, main_metric(metric, 'accuracy', known), inputs, loss,
-              measure, metrics, watch=lambda out, batch: dict(
-                  accuracy=(out.argmax(-1) == batch['label']).mean()))
+  def watch(out, batch):
+    return dict(accuracy=(out.argmax(-1) == batch['label']).mean())
 
-
-def regress(inputs, metric=''):
-  """The task of predicting a number: outputs [B, 1] against labels [B].
-
-  The loss is the squared error.
-
-  Args:
-    inputs: `batch -> (args, kwargs)`.
-    metric: Name in `REGRESS`; '' stands for 'pearson'.
-
-  Raises:
-    ValueError: an unknown metric.
-  """
-
-  def loss(out, batch, smoothing=None):
-    del smoothing
-    return (out[:, 0].astype(jnp.float32) - batch['label']) ** 2, None
-
-  def measure(out, batch):
-    return dict(guess=out[:, 0].astype(jnp.float32), label=batch['label'])
-
-  def metrics(kept):
-    label, guess = (kept[k].astype(np.float64) for k in ('label', 'guess'))
-    return dict(pearson=measures.pearson(label, guess),
-                spearman=measures.spearman(label, guess),
-                mse=float(np.mean((guess - label) ** 2)))
-
-  return Task('regress', main_metric(metric, 'pearson', REGRESS), inputs, loss,
-              measure, metrics)
+  return Task(name, base_lib.main_metric(metric, 'accuracy', known), inputs,
+              loss, measure, metrics, watch)
