@@ -20,7 +20,8 @@ _FAMILY = {
 MODEL_TYPES = tuple(_FAMILY)
 
 _CLASS = {None: 'Model', 'pool': 'Model', 'lm': 'ForCausalLM',
-          'classify': 'ForSequenceClassification'}
+          'classify': 'ForSequenceClassification',
+          'tag': 'ForTokenClassification'}
 
 # Our attribute -> key; must be there.
 _KEYS = {
@@ -269,6 +270,10 @@ def names(model, model_type):
     out['head/kernel'] = Tensor('/lm_head.weight', 'linear')
   elif model.head == 'classify':
     out['head/kernel'] = Tensor('/score.weight', 'linear')
+  elif model.head == 'tag':
+    theirs = '/classifier' if old else '/score'
+    out['head/kernel'] = Tensor(f'{theirs}.weight', 'linear')
+    out['head/bias'] = Tensor(f'{theirs}.bias')
   return out
 
 
@@ -290,8 +295,8 @@ def ignored(model, model_type):
   out = [r'\.attn\.(masked_)?bias$', r'rotary_emb\.inv_freq$']
   if model.head != 'lm' or model.tied:
     out.append(r'^lm_head\.weight$')
-  if model.head != 'classify':
-    out.append(r'^score\.weight$')
+  if model.head not in ('classify', 'tag'):
+    out.append(r'^(score|classifier)\.(weight|bias)$')
   return tuple(out)
 
 
@@ -336,7 +341,7 @@ def export(model, model_type):
     # Of layers without experts, of which there are none.
     config['intermediate_size'] = model.mlp_dim
     config |= dict(decoder_sparse_step=1, mlp_only_layers=[])
-  if model.head == 'classify':
+  if model.head in ('classify', 'tag'):
     labels = {f'LABEL_{i}': i for i in range(model.classes)}
     config |= dict(label2id=labels, id2label={
         str(i): name for name, i in labels.items()})
@@ -358,7 +363,7 @@ def _check(model, back, model_type):
     free |= {'experts_per_token', 'normalise_gates', 'shared_dim'}
   if model.position == back.position == 'learned':
     free.add('rope_theta')
-  if model.head != 'classify':
+  if model.head not in ('classify', 'tag'):
     free.add('classes')
   differ = {n for n in type(model).__dataclass_fields__
             if n not in free and getattr(model, n) != getattr(back, n)}

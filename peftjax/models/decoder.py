@@ -35,7 +35,7 @@ from peftjax.method import nearest
 from peftjax.models import layers
 from peftjax.models.decoder_block import attributes, Block, Look, norm_layer
 
-HEADS = (None, 'lm', 'classify', 'pool')
+HEADS = (None, 'lm', 'classify', 'tag', 'pool')
 
 
 class Cache(NamedTuple):
@@ -90,8 +90,9 @@ class Decoder(nn.Module):
     shared_dim: Hidden width of a gated expert that all tokens meet; 0: none.
     tied: 'lm' reads its logits with the table of token vectors.
     head: 'lm': logits [B, T, V]. 'classify': logits [B, classes], read at the
-      last real token. 'pool': mean over real tokens, [B, d]. None: [B, T, d].
-    classes: Outputs of 'classify', whose kernel starts at zero.
+      last real token. 'tag': logits [B, T, classes]. 'pool': mean over real
+      tokens, [B, d]. None: [B, T, d].
+    classes: Outputs of 'classify' and 'tag', whose kernel starts at zero.
     dtype: Of the computation. Parameters, softmax and logits are float32.
     scan: One scanned module 'blocks' instead of 'block_0', 'block_1', ...
     remat: Recompute the blocks in the backward pass: less memory.
@@ -163,9 +164,9 @@ class Decoder(nn.Module):
       self.head_layer = nn.Dense(
           self.vocab, use_bias=False, name='head',
           kernel_init=nn.initializers.normal(0.02))
-    elif self.head == 'classify':
+    elif self.head in ('classify', 'tag'):
       self.head_layer = nn.Dense(
-          self.classes, use_bias=False, name='head',
+          self.classes, use_bias=self.head == 'tag', name='head',
           kernel_init=nn.initializers.zeros)
 
   def __call__(self, ids, mask=None, positions=None, segments=None, cache=None):
@@ -261,6 +262,8 @@ class Decoder(nn.Module):
     h = h.astype(jnp.float32)
     if self.head is None:
       return h
+    if self.head == 'tag':
+      return self.head_layer(h)
     if self.head == 'lm':
       y = self.tokens.attend(h) if self.tied else self.head_layer(h)
       c = self.logit_softcap

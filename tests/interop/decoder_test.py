@@ -1,7 +1,8 @@
 """Decoders against transformers: outputs, both ways through files."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -143,33 +144,41 @@ def test_greedy_generation(checkpoint):
   assert len(np.unique(want)) > 4
 
 
+@pytest.mark.parametrize('head', ('classify', 'tag'))
 @pytest.mark.parametrize('name', ('gpt2', 'mistral'))
-def test_classifier(name, tmp_path):
+def test_classifier(name, head, tmp_path):
   config = CONFIGS[name]()
   config.num_labels = 3
   torch.manual_seed(0)
-  there = randomise(
-      transformers.AutoModelForSequenceClassification.from_config(
-          config, attn_implementation='eager'))
+  auto = dict(classify=transformers.AutoModelForSequenceClassification,
+              tag=transformers.AutoModelForTokenClassification)[head]
+  there = randomise(auto.from_config(config, attn_implementation='eager'))
   there.save_pretrained(tmp_path / 'theirs')
   ids, mask = batch()
   want = there(input_ids=torch.tensor(ids, dtype=torch.long),
                attention_mask=torch.tensor(mask)).logits.detach().numpy()
   model, params, read = huggingface.load(tmp_path / 'theirs')
-  assert model.head == 'classify' and model.classes == 3
-  # On the left, too: the last real token is the same.
-  shifted = ids.copy(), mask.copy()
-  for a in shifted:
-    a[1] = np.roll(a[1], 4)
+  assert model.head == head and model.classes == 3
   run = jax.jit(lambda *a: model.apply({'params': params}, *a))
-  for inputs in ((ids, mask), shifted):
-    np.testing.assert_allclose(run(*inputs), want, atol=1e-4, rtol=0)
+  compare = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=0)
+  if head == 'tag':
+    real = mask.astype(bool)
+    compare(run(ids, mask)[real], want[real])
+  else:  # On the left, too: the last real token is the same.
+    shifted = ids.copy(), mask.copy()
+    for a in shifted:
+      a[1] = np.roll(a[1], 4)
+    for inputs in ((ids, mask), shifted):
+      compare(run(*inputs), want)
   huggingface.save(tmp_path / 'ours', model, params, like=read)
-  again, info = (
-      transformers.AutoModelForSequenceClassification.from_pretrained(
-          tmp_path / 'ours', output_loading_info=True))
+  out = 'classifier.weight' if (name, head) == ('gpt2', 'tag') else (
+      'score.weight')
+  again, info = auto.from_pretrained(
+      tmp_path / 'ours', output_loading_info=True)
   assert not any(info.values()), info
   assert again.config.num_labels == 3
+  np.testing.assert_array_equal(
+      again.state_dict()[out], there.state_dict()[out])
   assert type(again) is type(there)
 
 
