@@ -2,8 +2,7 @@
 
 `load` takes the name of a model that comes with the package ('vit_s'), the path
 of a weight file of this library ('runs/model.safetensors'), a folder in the
-layout of the Hugging Face hub, or a hub id ('org/name'). The tokenizer of a
-weight file is beside it: NAME.safetensors, NAME.tokenizer.json.
+layout of the Hugging Face hub, or a hub id ('org/name').
 """
 
 import os
@@ -17,7 +16,7 @@ import numpy as np
 from peftjax import trees
 from peftjax.interop import huggingface
 from peftjax.interop.files import find_folder
-from peftjax.models.weights import find_weights, load_weights, read_config
+from peftjax.models.weights import load_weights, read_config
 
 
 class Base(NamedTuple):
@@ -26,8 +25,7 @@ class Base(NamedTuple):
   model: nn.Module
   params: Any  # numpy arrays
   config: dict  # of the weight file, or config.json
-  folder: str  # where its preprocessor is; '' for one file
-  tokenizer: str  # folder or file; '' where there is none
+  folder: str  # where its tokenizer and preprocessor are; '' for one file
   fingerprint: str  # of params
 
 
@@ -65,14 +63,11 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
       model of another module than `name`.
   """
   if is_folder(weights):
-    folder = tokenizer = find_folder(find(weights))
+    folder = find_folder(find(weights))
     model, params, config = huggingface.load(
         folder, head=head, classes=classes, scan=scan, remat=remat, dtype=dtype)
   else:
     folder, config = '', read_config(weights)
-    tokenizer = find_weights(weights).removesuffix('safetensors') + (
-        'tokenizer.json')
-    tokenizer = tokenizer if os.path.isfile(tokenizer) else ''
     model, params = load_weights(
         weights, classes=classes, scan=scan, head=head)
     more = dict(dtype=jnp.dtype(dtype), **(dict(remat=True) if remat else {}))
@@ -86,8 +81,7 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
     raise ValueError(f'model.name={name!r}, but the weights {weights!r} are of '
                      f'{module!r}: expected model.name={module!r} or ""')
   params = jax.tree.map(np.asarray, params)
-  return Base(
-      model, params, config, folder, tokenizer, trees.fingerprint(params))
+  return Base(model, params, config, folder, trees.fingerprint(params))
 
 
 def image_size(base):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from peftjax import bases
+from peftjax import config as config_lib
 from peftjax.data import packing, pipeline, sources, text
 from peftjax.method import nearest
 from peftjax.tasks import base as base_lib
@@ -28,6 +29,7 @@ class Case(NamedTuple):
 
   task: base_lib.Task
   base: bases.Base
+  head: str | None  # of the model
   classes: int | None  # outputs of the head; None: it has no classes
   arrays: Any  # {split: {name: [N, ...]}}
 
@@ -112,7 +114,40 @@ def load(config, splits, classes=None, cache=None):
   if module is seq2seq:
     task = task._replace(generate=seq2seq.writer(
         spec, held_out, base, tokenizer, config.eval_batch))
-  return Case(task, base, classes, arrays)
+  return Case(task, base, head, classes, arrays)
+
+
+def config_of(meta, weights=None, data=None, where='the adapter'):
+  """The config of the case that an adapter was trained on.
+
+  Args:
+    meta: `Adapter.meta`, whose entry 'base' names weights, data and task.
+    weights, data: In the place of what it names; None: what it names.
+    where: The adapter, for messages.
+
+  Raises:
+    ValueError: weights or data that nobody names, or a task of another version.
+  """
+  base = meta['base']
+  weights, data = weights or base.get('weights'), data or base.get('data')
+  for value, flag in ((weights, 'weights'), (data, 'data')):
+    if not value:
+      raise ValueError(f'{where} does not name its {flag}; give --{flag}')
+  config = config_lib.defaults()
+  config.model.weights, config.model.scan = weights, bool(base.get('scan'))
+  config.data.train = 0  # all
+  config.data.name = data
+  if data == base.get('data'):
+    config.data.path = base.get('path', '')
+    config.data.options = base.get('options', {})
+    config.data.splits.update(base.get('splits', {}))
+  # An adapter that names no task is of images, the first task there was.
+  for key, value in base.get('task', {}).items():
+    if key not in config.task:
+      raise ValueError(f'{where}: unknown setting task.{key}'
+                       f'{nearest(key, config.task)}')
+    config.task[key] = value
+  return config
 
 
 def batches(config, arrays, shard=0, shards=1):
@@ -186,9 +221,9 @@ def _options(options):
 
 def _tokenizer(spec, base):
   """The tokenizer of a base; raises where it does not fit it."""
-  if not (spec.tokenizer or base.tokenizer):
-    raise ValueError('task.tokenizer is not set, and beside the weights there '
-                     'is none: expected a folder or a JSON file')
-  found = text.load_tokenizer(spec.tokenizer or base.tokenizer)
+  if not (spec.tokenizer or base.folder):
+    raise ValueError('task.tokenizer is not set, and the weights are one file '
+                     'without a tokenizer: expected a folder or a JSON file')
+  found = text.load_tokenizer(spec.tokenizer or base.folder)
   text.check_fits(found, base.model.vocab, bases.positions(base), spec.length)
   return found

@@ -17,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import case as case_lib
-from peftjax import config as config_lib
 from peftjax import sharding
 from peftjax.apply import apply
 from peftjax.artifact import load_adapter
 from peftjax.data import pipeline
-from peftjax.method import nearest
 from peftjax.sites import describe
 from peftjax.tasks import classification, images
 
@@ -90,45 +88,15 @@ def evaluate(model, methods, params, theta, arrays, batch=200, mesh=None,
       params, theta, write=True)
 
 
-def config_of(meta, weights=None, data=None, where='the adapter'):
-  """The config of the case that an adapter was trained on.
-
-  Args:
-    meta: `Adapter.meta`, whose entry 'base' names weights, data and task.
-    weights, data: In the place of what it names; None: what it names.
-    where: The adapter, for messages.
-
-  Raises:
-    ValueError: weights or data that nobody names, or a task of another version.
-  """
-  base = meta['base']
-  weights, data = weights or base.get('weights'), data or base.get('data')
-  for value, flag in ((weights, 'weights'), (data, 'data')):
-    if not value:
-      raise ValueError(f'{where} does not name its {flag}; give --{flag}')
-  config = config_lib.defaults()
-  config.model.weights, config.model.scan = weights, bool(base.get('scan'))
-  config.data.name = data
-  if data == base.get('data'):
-    config.data.path = base.get('path', '')
-    config.data.options = base.get('options', {})
-  # An adapter that names no task is of images, the first task there was.
-  for key, value in base.get('task', {}).items():
-    if key not in config.task:
-      raise ValueError(f'{where}: unknown setting task.{key}'
-                       f'{nearest(key, config.task)}')
-    config.task[key] = value
-  return config
-
-
-def evaluate_adapter(path, weights=None, data=None, split='test', batch=200):
+def evaluate_adapter(path, weights=None, data=None, split=None, batch=200):
   """Metrics of an adapter folder and of its base.
 
   Args:
     path: What `save_adapter` wrote.
     weights: Name or path of the base, if not what the adapter says.
     data: Data set, if not what the adapter says.
-    split: Its part: 'train', 'validation' or 'test'.
+    split: Its part: 'train', 'validation' or 'test'; None: the one that the
+      adapter was judged on.
     batch: Examples at a time.
 
   Returns:
@@ -138,8 +106,8 @@ def evaluate_adapter(path, weights=None, data=None, split='test', batch=200):
     ValueError: another base, or one that neither adapter nor caller names.
   """
   meta = load_adapter(path).meta
-  config = config_of(meta, weights, data, path)
-  config.data.train = 0  # all
+  config = case_lib.config_of(meta, weights, data, path)
+  split = split or meta['base'].get('split', 'test')
   case = case_lib.load(config, (split,), meta['base'].get('classes'))
   model, params = case.base.model, case.base.params
   args, kwargs = case.example()
@@ -171,5 +139,6 @@ if __name__ == '__main__':
       'weights', None, 'Name or path of the base, if not as the adapter says.')
   _DATA = flags.DEFINE_string(
       'data', None, 'Data set, if not what the adapter says.')
-  _SPLIT = flags.DEFINE_string('split', 'test', 'Its part.')
+  _SPLIT = flags.DEFINE_string(
+      'split', None, 'Its part, if not the one the adapter was judged on.')
   app.run(main)

@@ -250,7 +250,8 @@ def _train(config, workdir, progress, cache, saved, stopped):
           weights=config.model.weights, classes=case.classes,
           scan=config.model.scan, data=config.data.name,
           path=config.data.path, options=said['data']['options'],
-          task=said['task']))
+          splits=said['data']['splits'], split=config.eval_split,
+          task=said['task'], head=case.head))
       _write_json(os.path.join(workdir, SUMMARY), summary)
     say(f'{config.eval_split} {_said(task, before)} before, '
         f'{_said(task, after)} after; {summary["trained"]} of '

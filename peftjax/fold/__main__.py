@@ -8,7 +8,8 @@ from peftjax.fold import BATCH, fold_adapter
 _ADAPTER = flags.DEFINE_string(
     'adapter', None, 'Folder that save_adapter wrote.', required=True)
 _OUT = flags.DEFINE_string(
-    'out', None, "File to write, '*.safetensors'.", required=True)
+    'out', None, "File to write, '*.safetensors'; for a base that is a folder, a "
+    'folder.', required=True)
 _WEIGHTS = flags.DEFINE_string(
     'weights', None, 'Name or path of the base, if not what the adapter says.')
 

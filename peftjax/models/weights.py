@@ -51,7 +51,7 @@ def load_weights(path_or_name, classes=None, key=None, scan=False,
     ValueError: a head that the model does not have, unknown name, unreadable file, or tensors that are missing,
       left over or of another shape than the model's.
   """
-  path = find_weights(path_or_name)
+  path = _resolve(path_or_name)
   tensors, config = _read(path)
   model_class = _model_class(config, path)
   args = dict(config['args'])
@@ -85,7 +85,7 @@ def load_weights(path_or_name, classes=None, key=None, scan=False,
 
 def read_config(path_or_name):
   """The 'config' entry of a weight file; errors as in `load_weights`."""
-  return _read(find_weights(path_or_name))[1]
+  return _read(_resolve(path_or_name))[1]
 
 
 def save_weights(path, params, config, dtype=jnp.float16):
@@ -120,8 +120,7 @@ def save_weights(path, params, config, dtype=jnp.float16):
   os.replace(part, path)
 
 
-def find_weights(path_or_name):
-  """Path of a weight file; errors as in `load_weights`."""
+def _resolve(path_or_name):
   name = os.fspath(path_or_name)
   if name.endswith('.safetensors') or os.sep in name:
     if not os.path.isfile(name):
