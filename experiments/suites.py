@@ -66,7 +66,7 @@ def config(method, tasks, default, arg, backbone_default, local, **more):
     arg: The config's argument.
     backbone_default: The backbone where it names none.
     local: {name of task: {dotted key: value}} for `runlocal`, or one for all
-      under ''.
+      under ''; a value that is a function is called.
     **more: {dotted key with '__' for '.': value} of the suite, before tasks'.
 
   Raises:
@@ -92,12 +92,11 @@ def config(method, tasks, default, arg, backbone_default, local, **more):
   for key, value in tasks[name].items():
     common.put(c, key, value)
   given = common.parse_arg(','.join(rest))
-  if given.pop('runlocal', False):
+  small = given.pop('runlocal', False)
+  if small:
     for key, value in local.get(name, local.get('', {})).items():
-      common.put(c, key, value)
-    if chosen['backbone'] != backbone_default:
-      c.model.weights = backbone(chosen['backbone'])
-  else:
+      common.put(c, key, value() if callable(value) else value)
+  if not small or chosen['backbone'] != backbone_default:
     c.model.weights = backbone(chosen['backbone'])
   for key, value in given.items():
     common.put(c, key, value)

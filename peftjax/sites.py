@@ -179,7 +179,7 @@ def describe(model, *args, roles=(), fused=FUSED, **kwargs):
     inside = [(p, s[3]) for p, s in seen.items()
               if p.startswith(path + '/') and s[3]]
     stack = _stack(path, own, flat, inside)
-    role = _role(path, kind, rules)
+    role = _role(path, kind, rules) if leaves else ''  # containers have none
     if 'kernel' in leaves and path in last and not role:
       role = 'head'
     parts = []

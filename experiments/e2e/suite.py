@@ -14,6 +14,7 @@ source, target and references, from $PEFTJAX_E2E.
 import os
 
 from experiments import suites
+from experiments.samples.tiny import tiny
 
 _STEPS = 5 * 42061 // 8
 
@@ -24,7 +25,7 @@ TASKS = {
         'PEFTJAX_E2E', 'e2e')}}
 
 _SAMPLE = {'data.name': f'file:{os.path.join(suites.SAMPLES, "e2e")}',
-           'model.weights': 'stories260k', 'task.length': 96,
+           'model.weights': lambda: tiny('gpt2'), 'task.length': 96,
            'task.max_new_tokens': 8, 'checkpoint_every': 0}
 
 

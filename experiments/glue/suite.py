@@ -9,6 +9,7 @@ field does; `search` of a grid then has to be given other splits.
 import os
 
 from experiments import suites
+from experiments.samples.tiny import tiny
 
 # task: (kind, training examples, batch, epochs, longest text, metric)
 _TASKS = dict(
@@ -34,7 +35,7 @@ def _sample(name):
   kind = 'regression' if name == 'stsb' else (
       'pair' if name in _PAIRS else 'single')
   return {'data.name': f'file:{os.path.join(suites.SAMPLES, kind)}',
-          'model.weights': 'stories260k', 'task.length': 48,
+          'model.weights': lambda: tiny('bert'), 'task.length': 48,
           'checkpoint_every': 0}
 
 

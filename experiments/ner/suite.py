@@ -8,6 +8,7 @@ folder ($PEFTJAX_DATA).
 import os
 
 from experiments import suites
+from experiments.samples.tiny import tiny
 
 _LOCAL = ('uner_en_ewt', *(f'masakhaner2_{code}' for code in (
     'hau', 'ibo', 'kin', 'lug', 'luo', 'pcm', 'swa', 'wol', 'yor')))
@@ -17,7 +18,7 @@ TASKS = {
     **{name: {'data.name': f'data:{name}', 'steps': 600} for name in _LOCAL}}
 
 _SAMPLE = {'data.name': f'file:{os.path.join(suites.SAMPLES, "tagging")}',
-           'model.weights': 'stories260k', 'task.length': 32,
+           'model.weights': lambda: tiny('bert'), 'task.length': 32,
            'checkpoint_every': 0}
 
 

@@ -3,8 +3,8 @@ r"""Gate of the small decoders: better than a 5-gram model on the same pieces.
   python -m experiments.pretrain.lm_gate --data_dir=DATA weights/dec_s ...
 
 prints, for every folder, the perplexity a piece and the bits a byte on the test
-novels, of the decoder (windows of 512 pieces, the first 64 of a window as
-context alone) and of the 5-gram model with Kneser-Ney smoothing that was fitted
+novels, of the decoder (windows of 128 pieces, as in training, the first 64 of
+each as context alone) and of the 5-gram model with Kneser-Ney smoothing that was fitted
 on all that the folder's versions have seen.
 """
 
@@ -25,13 +25,13 @@ from peftjax.interop import huggingface
 
 _DATA = flags.DEFINE_string('data_dir', '../shared/data', 'Holds lm/.')
 
-WINDOW, CONTEXT = 512, 64
+WINDOW, CONTEXT = 128, 64
 # Which chapters each has seen.
 SEEN = dict(dec_s_v1=('first',), dec_s=('first', 'rest'), books_1m=('all',))
 
 
 def decoder_nats(folder, stream):
-  """Mean nats of the pieces of a stream, the first window's context left out."""
+  """Mean nats of the pieces of a stream but the first window's context."""
   model, params, _ = huggingface.load(folder)
 
   @jax.jit
@@ -44,7 +44,8 @@ def decoder_nats(folder, stream):
   n = (len(stream) - 1 - CONTEXT) // stride
   at = np.arange(n)[:, None] * stride + np.arange(WINDOW + 1)
   rows = stream[np.minimum(at, len(stream) - 1)]
-  return float(np.mean([nats(rows[i:i + 1]) for i in range(n)]))
+  # Whole batches: the few windows left over at the end are not counted.
+  return float(np.mean([nats(rows[i:i + 32]) for i in range(0, n - 31, 32)]))
 
 
 def gate(folder, data_dir):

@@ -16,6 +16,7 @@ import ml_collections
 
 from experiments import common
 from experiments import suites
+from experiments.samples.tiny import tiny
 from experiments.table import arms
 
 TASKS = (
@@ -40,11 +41,11 @@ def get_config(arg=None):
   small = given.pop('runlocal', False)
   base = common.base()
   base.method = (common.HEAD,)
-  base.model.weights = 'stories260k' if small else suites.backbone('minilm')
+  base.model.weights = tiny('bert') if small else suites.backbone('minilm')
   base.model.scan = small
   base.task.name = 'classify'
   base.task.length = 48
-  base.task.head = '' if small else 'mean'
+  base.task.head = 'mean'
   base.steps, base.batch = 120, 32
   base.data.train, base.data.validation = 1000, 500
   base.optim.schedule = 'linear'
