@@ -51,7 +51,7 @@ def test_forms_agree(name):
     run = lambda *a, **k: model.apply({'params': params}, *a, **k)
     out, cache = run(IDS[:, :3], LEFT[:, :3], cache=4)
     outs = [out]
-    for part in (slice(3, 4), slice(4, 6), slice(6, 7)):
+    for part in (slice(3, 4), slice(4, 7)):
       out, cache = run(IDS[:, part], cache=cache)
       outs.append(out)
     return jnp.concatenate(outs, axis=1)
@@ -59,9 +59,11 @@ def test_forms_agree(name):
   @jax.jit
   def run(params):
     stacked = trees.stack(params)
-    return (plain.apply({'params': params}, IDS, LEFT),
+    outs = [plain.apply({'params': params}, IDS, LEFT),
             scanned.apply({'params': stacked}, IDS, LEFT),
-            stepwise(plain, params), stepwise(scanned, stacked))
+            stepwise(scanned, stacked)]
+    # Caches of a list of layers: once, where the layers differ.
+    return outs + ([stepwise(plain, params)] if name == 'gemma' else [])
 
   want, *others = run(params)
   assert want.dtype == jnp.float32 and np.abs(want).max() > 0.1
@@ -157,13 +159,12 @@ def test_roles(name):
           {'gate'} if model.gated else set())
 
 
-@pytest.mark.parametrize('name', ('gpt2', 'moe'))
-def test_training(name):
-  """Rank methods on queries and values, or experts too, and a new head."""
-  model = Decoder(**ALL[name], head='classify', classes=3, scan=True)
+def test_training():
+  """LoRA on queries, values and experts, and a new head."""
+  model = Decoder(**MOE, head='classify', classes=3, scan=True)
   sites = peftjax.describe(model, IDS)
-  roles = ('q', 'v') if name == 'gpt2' else ('q', 'v', 'gate')
-  methods = (peftjax.load('lowrank.lora', rank=2, sites=dict(roles=roles)),
+  methods = (peftjax.load('lowrank.lora', rank=2,
+                          sites=dict(roles=('q', 'v', 'gate'))),
              peftjax.load('selective.full', sites=dict(roles='head')))
   params = start(model)
   theta = peftjax.init(methods, jax.random.key(1), sites, params)
