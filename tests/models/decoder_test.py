@@ -33,7 +33,7 @@ def start(model, seed=0):
   params = jax.eval_shape(model.init, jax.random.key(0), IDS)['params']
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-      lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), s.dtype), params)
+      lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), s.dtype), params)
 
 
 def close(a, b, atol=2e-5):
@@ -232,7 +232,8 @@ def test_frequencies():
   close(frequencies(6, 1000., dict(rope_type='linear', factor=4.)),
         [0.25, 0.025, 0.0025], 1e-7)
   llama3 = dict(rope_type='llama3', factor=8., low_freq_factor=1.,
-                high_freq_factor=3., original_max_position_embeddings=40 * np.pi)
+                high_freq_factor=3.,
+                original_max_position_embeddings=40 * np.pi)
   # 20, 2 and 0.2 turns in the first context: kept, half way, divided.
   close(frequencies(6, 1000., llama3), [1, 0.1 * (1 + 1 / 8) / 2, 0.01 / 8],
         1e-7)
