@@ -87,6 +87,7 @@ def config(method, tasks, default, arg, backbone_default, local, **more):
                      f'{nearest(name, tasks)}')
   c = common.base()
   c.method = tuple(method)
+  c.data.train = 0  # all
   for key, value in more.items():
     common.put(c, key.replace('__', '.'), value)
   for key, value in tasks[name].items():

@@ -62,6 +62,7 @@ def test_arguments(monkeypatch):
   assert config.model.weights == 'FacebookAI/roberta-large'
   assert config.task.name == 'regress' and config.data.name == 'tfds:glue/stsb'
   assert config.seed == 3 and config.optim.lr == 1e-3
+  assert config.data.train == 0  # all of them
   assert config.steps == 40 * 5749 // 16
   assert get('glue.lora', 'backbone=org/other').model.weights == 'org/other'
   search = get('vtab.lora', 'task=dtd,stage=search')
