@@ -15,7 +15,7 @@ import numpy as np
 
 from peftjax import trees
 from peftjax.interop import huggingface
-from peftjax.interop.files import find_folder
+from peftjax.interop.files import find_folder, packaged
 from peftjax.models.weights import load_weights, read_config
 
 
@@ -29,9 +29,6 @@ class Base(NamedTuple):
   fingerprint: str  # of params
 
 
-_PACKAGED = os.path.join(os.path.dirname(__file__), 'weights')
-
-
 def is_folder(weights):
   """Whether `weights` means a Hugging Face folder or hub id."""
   weights = os.fspath(weights)
@@ -41,10 +38,7 @@ def is_folder(weights):
 
 def find(weights):
   """The packaged folder of that name, where there is one; else `weights`."""
-  weights = os.fspath(weights)
-  folder = os.path.join(_PACKAGED, weights)
-  packaged = os.path.isfile(os.path.join(folder, 'config.json'))
-  return folder if packaged and os.sep not in weights else weights
+  return packaged(os.fspath(weights)) or os.fspath(weights)
 
 
 def load(weights, head=None, classes=None, scan=False, remat=False,
@@ -63,7 +57,7 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
       model of another module than `name`.
   """
   if is_folder(weights):
-    folder = find_folder(find(weights))
+    folder = find_folder(weights)
     model, params, config = huggingface.load(
         folder, head=head, classes=classes, scan=scan, remat=remat, dtype=dtype)
   else:

@@ -1,6 +1,7 @@
 """The README's table and the methods' pages are what the code makes of them."""
 
 import pathlib
+import re
 
 import pytest
 
@@ -67,3 +68,15 @@ def test_prose_keeps_equations_and_escapes_the_rest():
       r'One line with a \* b, d_in, `code_*` and alpha.\<leaf>.', '', '```', 'y = x * K', '```',
       '', 'Where they differ:', '', '- First. Some text', '  that goes on.',
       '- Second.'])
+
+
+@pytest.mark.parametrize('page', ['backbones.md', 'data.md'])
+def test_examples_run(page, tmp_path, monkeypatch):
+  """The python blocks of a page, one after the other, as a reader would."""
+  monkeypatch.chdir(tmp_path)
+  blocks = re.findall(
+      r'```python\n(.*?)```', (ROOT / 'docs' / page).read_text(), re.S)
+  assert blocks
+  names = {}
+  for block in blocks:
+    exec(block, names)  # pylint: disable=exec-used: our own page

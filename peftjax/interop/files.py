@@ -11,22 +11,37 @@ from peftjax.method import nearest
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
+_PACKAGED = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'weights')
 # What is fetched of a repository: no pickles, no code.
 PATTERNS = ('*.json', 'model*.safetensors', '*.model', '*.txt', '*.jinja')
+
+
+def packaged(name):
+  """The folder of a checkpoint that comes with the package, or None."""
+  folder = os.path.join(_PACKAGED, name)
+  if os.sep in name or not os.path.isfile(os.path.join(folder, 'config.json')):
+    return None
+  return folder
 
 
 def find_folder(path_or_repo_id, revision=None):
   """The local folder of a checkpoint, fetched from the hub if need be.
 
+  The name of one that comes with the package ('stories260k') means that one.
+
   Raises:
     FileNotFoundError: neither a folder nor a repository that can be had.
   """
   name = os.fspath(path_or_repo_id)
+  if packaged(name):
+    return packaged(name)
   if os.path.isdir(name):
     return name
   if not re.fullmatch(r'[\w.-]+/[\w.-]+', name) or name.startswith('.'):
     parent, base = os.path.split(name.rstrip('/'))
     there = os.listdir(parent or '.') if os.path.isdir(parent or '.') else []
+    there += [n for n in os.listdir(_PACKAGED) if packaged(n)]
     raise FileNotFoundError(
         f'no checkpoint folder {name!r}{nearest(base, there)}')
   try:

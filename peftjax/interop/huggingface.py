@@ -39,7 +39,8 @@ def load(path_or_repo_id, head='own', classes=None, scan=False, remat=False,
   """Reads a checkpoint -> Checkpoint(model, params, config).
 
   Args:
-    path_or_repo_id: A folder with config.json and safetensors (one file, or
+    path_or_repo_id: The name of a checkpoint that comes with the package
+      ('stories260k'); a folder with config.json and safetensors (one file, or
       many with an index); or a hub id 'org/name', which needs huggingface_hub
       and a connection, or the hub's cache.
     head: 'own' for the checkpoint's own; else as in the family's model: None,

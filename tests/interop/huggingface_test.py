@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tracemalloc
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -122,6 +123,27 @@ def test_each_device_reads_its_part(tiny, folder, monkeypatch):
     assert kernels and all(s == (6, 8) for s in kernels)  # stored [12, 8]
   kernel = trees.flatten(loaded)['blocks/mlp/up/kernel']
   assert {s.data.shape for s in kernel.addressable_shards} == {(2, 8, 6)}
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_one_tensor_at_a_time(scan, tmp_path):
+  model = Encoder(vocab=64, width=128, depth=6, heads=2, mlp_dim=512,
+                  positions=16)
+  shapes = jax.eval_shape(
+      model.init, jax.random.key(0), np.zeros((1, 4), np.int32))['params']
+  params = jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes)
+  huggingface.save(tmp_path / 'm', model, params, model_type='bert')
+  leaf = 128 * 512 * 4 * (6 if scan else 1)  # bytes of the largest
+  huggingface.load(tmp_path / 'm', scan=scan)  # what is imported and cached
+  tracemalloc.start()
+  loaded = huggingface.load(tmp_path / 'm', scan=scan).params
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  total = trees.size(loaded)
+  assert total > 4e6
+  # Arrays may or may not share the host's memory on CPU, so at most all of them
+  # are counted; and one tensor, before and after its dtype.
+  assert peak < total + 2 * leaf + 2e5, (peak, total, leaf)
 
 
 def test_bfloat16_files_give_float32_params(tiny, tmp_path):
@@ -259,6 +281,15 @@ def test_companions_travel(tiny, folder, tmp_path):
   (folder / 'tokenizer.json').write_text('{}')
   huggingface.save(tmp_path / 'b', *tiny, model_type='bert', companions=folder)
   assert (tmp_path / 'b' / 'tokenizer.json').read_text() == '{}'
+
+
+def test_packaged_by_name(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  model, params, config = huggingface.load('stories260k')
+  assert model.head == 'lm' and config['model_type'] == 'llama'
+  assert trees.count(params) == 260032
+  with pytest.raises(FileNotFoundError, match='stories260k'):
+    huggingface.load('stories260')
 
 
 def test_example_inputs():
