@@ -41,9 +41,9 @@ def get_config(arg=None):
     common.put(base, key, value)
   grid = ml_collections.ConfigDict()
   grid.base = base
-  grid.arms = arms.of({
-      'linear probe': 1e-2, 'LoRA': 1e-2, 'OFT': 1e-2, 'BOFT': 1e-2,
-      'BitFit': 1e-2, 'SSF': 1e-2, 'diff pruning': 3e-3, 'full': 1e-3})
+  grid.arms = arms.of(
+      {'LoRA': 1e-2, 'OFT': 3e-3, 'BOFT': 3e-3, 'BitFit': 1e-2, 'SSF': 1e-2,
+       'diff pruning': 3e-3, 'full': 1e-3}, ('kernel', 'bias', 'scale', 'pos'))
   grid.tasks = TASKS[1:2] if small else TASKS
   grid.seeds = (0,) if small else (0, 1, 2)
   grid.search = None if small else dict(

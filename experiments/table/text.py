@@ -55,7 +55,7 @@ def get_config(arg=None):
     common.put(base, key, value)
   grid = ml_collections.ConfigDict()
   grid.base = base
-  grid.arms = arms.of({})
+  grid.arms = arms.of({}, ('kernel', 'bias', 'scale'))
   grid.tasks = _SAMPLES if small else TASKS
   grid.seeds = (0,) if small else (0, 1, 2)
   grid.search = None if small else dict(
