@@ -23,7 +23,6 @@ from experiments.pretrain import books
 from experiments.pretrain import ngram
 from peftjax.interop import huggingface
 
-_DATA = flags.DEFINE_string('data_dir', '../shared/data', 'Holds lm/.')
 
 WINDOW, CONTEXT = 128, 64
 # Which chapters each has seen.
@@ -75,4 +74,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _DATA = flags.DEFINE_string('data_dir', '../shared/data', 'Holds lm/.')
   app.run(main)

@@ -28,10 +28,6 @@ from peftjax.models.decoder import Decoder
 _SETTINGS = dict(pad_token_id=books.PAD, bos_token_id=books.BOS,
                  eos_token_id=books.EOS)
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-_OUT = flags.DEFINE_string('out', None, 'Folder to write.', required=True)
-_INIT = flags.DEFINE_string('init', None, 'Folder to go on from.')
-
 
 def optimiser(c):
   """AdamW with warm-up, a plateau and a linear fall to 0."""
@@ -129,5 +125,8 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+  _OUT = flags.DEFINE_string('out', None, 'Folder to write.', required=True)
+  _INIT = flags.DEFINE_string('init', None, 'Folder to go on from.')
   flags.mark_flag_as_required('config')
   app.run(main)

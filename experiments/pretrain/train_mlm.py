@@ -28,12 +28,6 @@ from peftjax.interop import families
 from peftjax.interop import huggingface
 from peftjax.models.encoder import Head
 
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-_WEIGHTS = flags.DEFINE_string('weights', None, 'Folder of the encoder.',
-                               required=True)
-_OUT = flags.DEFINE_string('out', None, 'Adapter folder to write.',
-                           required=True)
-
 
 def rows_of(tokenizer, texts, length):
   """Texts -> [N, length] rows, [CLS] ... [SEP], nothing padded."""
@@ -166,5 +160,10 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+  _WEIGHTS = flags.DEFINE_string('weights', None, 'Folder of the encoder.',
+                                 required=True)
+  _OUT = flags.DEFINE_string('out', None, 'Adapter folder to write.',
+                             required=True)
   flags.mark_flag_as_required('config')
   app.run(main)

@@ -13,8 +13,6 @@ from absl import app
 from absl import flags
 import numpy as np
 
-_DATA = flags.DEFINE_string('data_dir', '../shared/data', 'Holds vision/.')
-_OUT = flags.DEFINE_string('out', 'runs/halves', 'Folder to write.')
 NAMES = ('eurosat', 'pets5')
 
 
@@ -32,4 +30,6 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _DATA = flags.DEFINE_string('data_dir', '../shared/data', 'Holds vision/.')
+  _OUT = flags.DEFINE_string('out', 'runs/halves', 'Folder to write.')
   app.run(main)

@@ -17,9 +17,6 @@ import numpy as np
 from peftjax import report
 from peftjax.data.vtab import GROUPS, VTAB
 
-_ROWS = flags.DEFINE_string('rows', None, 'results.json of a grid.',
-                            required=True)
-
 
 def averages(rows):
   """[{arm, tasks, mean of tasks, mean of groups, each group}] of a grid's rows.
@@ -61,4 +58,6 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _ROWS = flags.DEFINE_string('rows', None, 'results.json of a grid.',
+                              required=True)
   app.run(main)

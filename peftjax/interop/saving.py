@@ -114,8 +114,9 @@ def _write(folder, tensors, shard_bytes):
   for i, shard in enumerate(shards, 1):
     file = 'model.safetensors' if len(shards) == 1 else (
         f'model-{i:05}-of-{len(shards):05}.safetensors')
-    safetensors.numpy.save_file(
-        shard, os.path.join(folder, file), {'format': 'pt'})
+    path = os.path.join(folder, file)
+    safetensors.numpy.save_file(shard, path, {'format': 'pt'})
+    os.chmod(path, 0o644)  # as its config; safetensors makes it private
     where |= {n: file for n in shard}
   if len(shards) > 1:
     with open(os.path.join(folder, 'model.safetensors.index.json'), 'w',
