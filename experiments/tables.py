@@ -3,7 +3,8 @@
   python -m experiments.tables
 
 Reads only recorded results: experiments/quickstart/{main,results}.json,
-experiments/claims/{results,energy}.json. A table stands between the markers
+experiments/claims/{results,energy}.json, experiments/table/{text,images}.json
+(the results.json of their grids). A table stands between the markers
 <!-- NAME:begin --> and <!-- NAME:end -->; what has no recorded result is left
 as it is.
 """
@@ -14,6 +15,7 @@ import os
 from absl import app
 
 from experiments.claims import decide
+from experiments.table import pivot
 from peftjax import report
 
 
@@ -70,6 +72,11 @@ def energy(rows):
                           for r in rows])
 
 
+def table(rows):
+  """All methods on many sets."""
+  return report.markdown(pivot.pivot(rows))
+
+
 def main(argv):
   del argv
   for path, targets in (
@@ -84,7 +91,11 @@ def main(argv):
           ('experiments/claims/README.md', 'arms',
            lambda r: report.markdown(report.table(r))))),
       ('experiments/claims/energy.json', (
-          ('experiments/claims/README.md', 'energy', energy),))):
+          ('experiments/claims/README.md', 'energy', energy),)),
+      ('experiments/table/text.json', (
+          ('experiments/README.md', 'text', table),)),
+      ('experiments/table/images.json', (
+          ('experiments/README.md', 'images', table),))):
     if not os.path.exists(path):
       print(f'{path}: not recorded')
       continue
