@@ -33,7 +33,7 @@ def get_config(arg='v1'):
       width=256, depth=6, heads=4, mlp_dim=640))
   c.length = 128
   c.batch = 16
-  c.steps = {'v1': 4500, 'v2': 1600, 'books_1m': 2000}[name]
+  c.steps = {'v1': 4500, 'v2': 1600, 'books_1m': 3400}[name]
   c.lr = {'v1': 3e-3, 'v2': 2e-3, 'books_1m': 5e-3}[name]
   c.warmup = 100
   c.decay = 0.25  # the last share of the steps, in which the rate falls to 0
