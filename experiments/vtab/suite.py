@@ -10,12 +10,14 @@ Adaptation Benchmark" (Zhai et al., arXiv 1910.04867).
 """
 
 from experiments import suites
+from experiments.samples.tiny import tiny
 from peftjax.data.vtab import VTAB
 
 _FINAL = {'data.splits.train': 'train800val200', 'data.splits.test': 'test',
           'data.splits.validation': 'val200'}
 TASKS = {name: {'data.name': f'tfds:vtab/{name}', **_FINAL} for name in VTAB}
-_SAMPLE = {'data.name': 'omniglot100', 'model.weights': 'vit_s',
+_SAMPLE = {'data.name': 'omniglot100',
+           'model.weights': lambda: tiny('vit'),
            'checkpoint_every': 0, 'data.splits.train': 'train',
            'data.splits.validation': 'validation'}
 
