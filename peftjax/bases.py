@@ -23,7 +23,7 @@ class Base(NamedTuple):
   """A pretrained model."""
 
   model: nn.Module
-  params: Any  # numpy arrays
+  params: Any  # numpy arrays; on devices where `load` was given shardings
   config: dict  # of the weight file, or config.json
   folder: str  # where its tokenizer and preprocessor are; '' for one file
   fingerprint: str  # of params
@@ -42,7 +42,7 @@ def find(weights):
 
 
 def load(weights, head=None, classes=None, scan=False, remat=False,
-         dtype=jnp.float32, name=''):
+         dtype=jnp.float32, name='', shardings=None):
   """Reads a base.
 
   Args:
@@ -51,6 +51,9 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
     classes: Outputs of a new head; None keeps the stored one.
     scan, remat, dtype: Of the model.
     name: Module of peftjax.models that is expected; '': any.
+    shardings: As of `huggingface.load`: a folder's tensors go to the devices
+      as they are read, each device's part by itself. A weight file, which is
+      small, is read whole all the same. None: params stay on the host.
 
   Raises:
     FileNotFoundError, ValueError: as `load_weights` and `huggingface.load`; a
@@ -59,7 +62,8 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
   if is_folder(weights):
     folder = find_folder(weights)
     model, params, config = huggingface.load(
-        folder, head=head, classes=classes, scan=scan, remat=remat, dtype=dtype)
+        folder, head=head, classes=classes, scan=scan, remat=remat, dtype=dtype,
+        shardings=shardings)
   else:
     folder, config = '', read_config(weights)
     model, params = load_weights(
@@ -74,7 +78,8 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
   if name and name != module:
     raise ValueError(f'model.name={name!r}, but the weights {weights!r} are of '
                      f'{module!r}: expected model.name={module!r} or ""')
-  params = jax.tree.map(np.asarray, params)
+  if shardings is None or not folder:
+    params = jax.tree.map(np.asarray, params)
   return Base(model, params, config, folder, trees.fingerprint(params))
 
 

@@ -4,6 +4,7 @@
 encodes the examples, or says what does not fit before anything is trained.
 """
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from peftjax import bases
 from peftjax import config as config_lib
+from peftjax import sharding
 from peftjax.data import packing, pipeline, sources, text
 from peftjax.method import nearest
 from peftjax.tasks import base as base_lib
@@ -56,7 +58,7 @@ def keep(cache, kind, key, make):
   return cache[kind][1]
 
 
-def load(config, splits, classes=None, cache=None):
+def load(config, splits, classes=None, cache=None, mesh=None):
   """The case of a config.
 
   Args:
@@ -66,6 +68,8 @@ def load(config, splits, classes=None, cache=None):
     classes: Outputs of the head; None: as many as the data have.
     cache: Mapping that keeps the base and the arrays for the next call with
       the same config; see `keep`.
+    mesh: Where the base is to lie, by `config.shard_rules`; None: on the host.
+      A folder is read straight onto the devices, a weight file is not.
 
   Returns:
     A `Case`.
@@ -96,11 +100,14 @@ def load(config, splits, classes=None, cache=None):
   classes = classes or module.outputs(held_out)
   model, weights = config.model, config.model.weights
   head = spec.head or module.HEAD
+  at = None if mesh is None else functools.partial(
+      sharding.params_sharding, mesh, config.shard_rules)
   base = keep(
       cache, 'base', (weights, _age(weights), head, classes, model.to_dict(),
-                      config.dtype),
+                      config.dtype, mesh, config_lib.to_json(config)[
+                          'shard_rules'] if mesh else None),
       lambda: bases.load(weights, head, classes, model.scan, model.remat,
-                         jnp.dtype(config.dtype), model.name))
+                         jnp.dtype(config.dtype), model.name, at))
   base_lib.must_take(base.model, module.CALL, name)
   task = module.task(spec, held_out, classes, base)
   tokenizer = None if module is images else _tokenizer(spec, base)

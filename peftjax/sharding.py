@@ -90,13 +90,15 @@ def put_global(tree, shardings):
   """Arrays that every process has whole -> global arrays.
 
   Args:
-    tree: Nested mapping of arrays.
+    tree: Nested mapping of arrays; those that lie as they are to stay.
     shardings: One sharding, or a tree like it of shardings.
   """
   if isinstance(shardings, NamedSharding):
     shardings = jax.tree.map(lambda _: shardings, tree)
 
   def put(value, sharding):
+    if isinstance(value, jax.Array) and value.sharding == sharding:
+      return value
     value = np.asarray(value)
     return jax.make_array_from_callback(
         value.shape, sharding, lambda index: value[index])

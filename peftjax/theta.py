@@ -7,6 +7,7 @@ base's params. Gradients, optimiser state and checkpoints see theta only.
 import zlib
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from peftjax import sites as sites_lib
 from peftjax import trees
@@ -48,6 +49,7 @@ def init(methods, key, sites, params, stats=None):
           f'{name} replaces leaves of {sorted(mine & touched)[0]!r}, which an '
           f'inner method changes: put {name} first')
     touched |= mine
+  whole = _gather(params)
 
   def make(key, params, stats):
     flat, theta = trees.flatten(params), {}
@@ -66,7 +68,7 @@ def init(methods, key, sites, params, stats=None):
           p = {n: v.get(own[v.leaf]) for n, v in site.leaves.items()}
           return m.init(k, site, p, stats.get(path))
 
-        own = own_leaves(site, flat)
+        own = whole(own_leaves(site, flat))
         t = over_stack(one, site.stack)(k, own)
         if t:  # a budget may leave a site with nothing
           theta[name][path] = t
@@ -74,6 +76,22 @@ def init(methods, key, sites, params, stats=None):
     return theta
 
   return jax.jit(make)(key, params, stats or {})
+
+
+def _gather(params):
+  """What puts a layer's leaves together, where the base is split over devices.
+
+  Theta then starts from the same numbers however the base lies. Leaves that no
+  method reads are left where they are.
+  """
+  for value in jax.tree.leaves(params):
+    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+      continue
+    at = value.sharding
+    if isinstance(at, NamedSharding) and not at.is_fully_replicated:
+      everywhere = NamedSharding(at.mesh, PartitionSpec())
+      return lambda own: jax.lax.with_sharding_constraint(own, everywhere)
+  return lambda own: own
 
 
 def _check_dropped(named, theta, name, path):

@@ -106,7 +106,11 @@ def _train(config, workdir, progress, cache, saved, stopped):
   sharding.check_batch(mesh, config.batch)
   stages = phases.schedule(
       tuple(load(**dict(m)) for m in config.method), config.steps)
-  case = case_lib.load(config, ('train', config.eval_split), cache=cache)
+  # A folder is read straight into its shards. Several processes read it whole:
+  # the fingerprint, theta's start and the adapter need arrays of one process.
+  case = case_lib.load(
+      config, ('train', config.eval_split), cache=cache,
+      mesh=mesh if jax.process_count() == 1 else None)
   task, model, base = case.task, case.base.model, case.base.params
   fingerprint = case.base.fingerprint
   args, kwargs = case.example()

@@ -167,12 +167,43 @@ def difference(a, b):
   return float(far), float(far / np.spacing(np.float32(top)))
 
 
-def fingerprint(params):
-  """SHA-256 over the paths, shapes, dtypes and bytes of a tree of arrays."""
+def fingerprint(params, most=2 ** 26):
+  """SHA-256 over the paths, shapes, dtypes and bytes of a tree of arrays.
+
+  Args:
+    params: Nested mapping of arrays, on the host or on devices.
+    most: Bytes of an array on devices that are on the host at a time; only a
+      single row along the first axis may be larger.
+  """
   digest = hashlib.sha256()
   flat = flatten(params)
   for path in sorted(flat):
-    value = np.asarray(flat[path])
+    value = flat[path]
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
     digest.update(f'{path} {value.shape} {value.dtype}\n'.encode())
-    digest.update(np.ascontiguousarray(value).tobytes())
+    for rows in _rows(value, most):
+      digest.update(np.ascontiguousarray(rows).tobytes())
   return digest.hexdigest()
+
+
+def _rows(value, most):
+  """An array in parts along its first axis, on the host; see `fingerprint`."""
+  n = len(value) if value.ndim else 0
+  if (isinstance(value, np.ndarray) or n < 2 or value.nbytes <= most
+      or not value.is_fully_addressable):
+    yield np.asarray(value)
+    return
+  step = max(1, n * most // value.nbytes)
+  for first in range(0, n, step):
+    last = min(first + step, n)
+    out = np.empty((last - first, *value.shape[1:]), value.dtype)
+    # Of each device its own rows: no device is sent another's.
+    for shard in value.addressable_shards:
+      if shard.replica_id:
+        continue
+      start, stop, _ = shard.index[0].indices(n)
+      a, b = max(first, start), min(last, stop)
+      if a < b:
+        out[a - first:b - first, *shard.index[1:]] = (
+            jax.lax.dynamic_slice_in_dim(shard.data, a - start, b - a))
+    yield out
