@@ -164,8 +164,21 @@ def preprocess(image, how, seed=None, index=0, flip=True):
   Raises:
     ValueError: another type, or 2, 4 or more channels.
   """
-  x = _three_channels(np.asarray(image), how, index)
   random = None if seed is None else np.random.default_rng((seed, index))
+  return normalise(pixels(image, how, random, index, flip), how)
+
+
+def pixels(image, how, random=None, index=0, flip=True):
+  """The steps of `preprocess` before rescaling: whole grey levels.
+
+  Args:
+    image, how, index, flip: See `preprocess`.
+    random: A numpy Generator, which augments; None: for evaluation.
+
+  Returns:
+    uint8 [H', W', 3].
+  """
+  x = _three_channels(np.asarray(image), how, index)
   resize, crop = how.resize, how.crop
   if random and not crop and resize and len(resize) == 2:
     resize, crop = tuple(round(s * 8 / 7) for s in resize), resize
@@ -175,17 +188,26 @@ def preprocess(image, how, seed=None, index=0, flip=True):
     x = _crop(x, crop, random)
   if random and flip and random.integers(2):
     x = x[:, ::-1]
-  x = x.astype(np.float32)
-  if how.scale is not None:
-    x *= np.float32(how.scale)
-  if how.mean is not None:
-    x -= np.float32(how.mean)
-  if how.std is not None:
-    x /= np.float32(how.std)
   return x
 
 
-def encode_images(examples, how, classes=0, seed=None, flip=True):
+def normalise(x, how):
+  """The steps of `preprocess` from rescaling on: uint8 [..., 3] -> float32.
+
+  x is an array of numpy or of jax: on the device they cost next to nothing, and
+  what is kept and sent is a quarter.
+  """
+  x = x.astype(np.float32)
+  if how.scale is not None:
+    x = x * np.float32(how.scale)
+  if how.mean is not None:
+    x = x - np.float32(how.mean)
+  if how.std is not None:
+    x = x / np.float32(how.std)
+  return x
+
+
+def encode_images(examples, how, classes=0, seed=None, flip=True, raw=False):
   """All examples as arrays.
 
   Args:
@@ -194,9 +216,10 @@ def encode_images(examples, how, classes=0, seed=None, flip=True):
     classes: number of classes; 0 checks no labels.
     seed: see `preprocess`; index is the place of the example.
     flip: see `preprocess`.
+    raw: whether to leave `normalise` to the caller.
 
   Returns:
-    dict(image=float32 [N, H, W, 3], label=int32 [N]).
+    dict(image=float32 [N, H, W, 3], or uint8 if raw, label=int32 [N]).
 
   Raises:
     ValueError: see `preprocess`; images of several sizes; no examples; a label
@@ -207,9 +230,11 @@ def encode_images(examples, how, classes=0, seed=None, flip=True):
   images, label = None, np.zeros(len(examples), np.int32)
   for i in range(len(examples)):
     example = examples[i]
-    x = preprocess(example['image'], how, seed, i, flip)
+    random = None if seed is None else np.random.default_rng((seed, i))
+    x = pixels(example['image'], how, random, i, flip)
+    x = x if raw else normalise(x, how)
     if images is None:  # One array, not a list and its copy.
-      images = np.zeros((len(examples), *x.shape), np.float32)
+      images = np.zeros((len(examples), *x.shape), x.dtype)
     if x.shape != images.shape[1:]:
       raise ValueError(
           f'image {i} is {list(x.shape)} after resize={how.resize}, '

@@ -1,6 +1,9 @@
 """Image classification.
 
-Batches: image float32 [B, H, W, 3], label int32 [B].
+Batches: image [B, H, W, 3], label int32 [B]. Checkpoints that say how they want
+their images have them as uint8, after resizing and cropping, and `Task.inputs`
+rescales and normalises them on the device; for weight files of this library
+they are float32, as the model reads them.
 """
 
 import os
@@ -20,15 +23,26 @@ def outputs(source):
 
 
 def inputs(batch):
-  """(args, kwargs) of an image model's call."""
+  """(args, kwargs) of an image model's call, of float32 images."""
   return (batch['image'],), {}
 
 
 def task(spec, source, classes, base):
   """The `Task`; arguments as of `classification.task`."""
-  del base
+  how = preprocessor(base)
+  ready = inputs if how is None else lambda batch: inputs(
+      dict(image=images.normalise(batch['image'], how)))
   return classification.classify(
-      'image', inputs, classes, classification.metric_of(spec, source))
+      'image', ready, classes, classification.metric_of(spec, source))
+
+
+def preprocessor(base):
+  """The `Preprocessor` of a folder; None for a weight file, which has none."""
+  if not base.folder:
+    return None
+  if os.path.exists(os.path.join(base.folder, 'preprocessor_config.json')):
+    return images.load_preprocessor(base.folder)
+  return images.Preprocessor(resize=bases.image_size(base))
 
 
 def arrays(spec, source, base, tokenizer, classes, train):
@@ -39,12 +53,9 @@ def arrays(spec, source, base, tokenizer, classes, train):
   """
   del spec, tokenizer, train
   rows = [source.examples[i] for i in range(len(source.examples))]
-  size = bases.image_size(base)
-  if base.folder:
-    how = images.Preprocessor(resize=size)
-    if os.path.exists(os.path.join(base.folder, 'preprocessor_config.json')):
-      how = images.load_preprocessor(base.folder)
-    return images.encode_images(rows, how, classes)
+  how, size = preprocessor(base), bases.image_size(base)
+  if how:
+    return images.encode_images(rows, how, classes, raw=True)
   if len({r['image'].shape for r in rows}) > 1 or size[0] != size[1]:
     return images.encode_images(
         rows, images.Preprocessor(resize=size), classes)

@@ -9,6 +9,7 @@ import tokenizers
 
 from peftjax import config as config_lib
 from peftjax.interop import huggingface
+from peftjax.interop import vit
 from peftjax.models.decoder import Decoder
 from peftjax.models.encdec import EncDec
 from peftjax.models.encoder import Encoder
@@ -59,6 +60,23 @@ def folders(tmp_path_factory):
     write_tokenizer(path, frames[name])
     out[name] = str(path)
   return out
+
+
+@pytest.fixture(scope='session')
+def vit_folder(tmp_path_factory):
+  """Path of a tiny vision transformer that crops 12 of 14 pixels."""
+  path = tmp_path_factory.mktemp('checkpoints') / 'vit'
+  model = vit.build(dict(
+      model_type='vit', hidden_size=16, num_hidden_layers=1, patch_size=4,
+      num_attention_heads=2, image_size=12, intermediate_size=32), head=None)
+  params = jax.jit(model.init)(
+      jax.random.key(0), np.zeros((1, 12, 12, 3), np.float32))['params']
+  huggingface.save(path, model, params, model_type='vit')
+  (path / 'preprocessor_config.json').write_text(json.dumps(dict(
+      image_processor_type='CLIPImageProcessor', size=dict(shortest_edge=14),
+      crop_size=dict(height=12, width=12), image_mean=[.1, .2, .3],
+      image_std=[.7, .6, .5])))
+  return str(path)
 
 
 @pytest.fixture
