@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from peftjax import bases
 from peftjax import config as config_lib
 from peftjax import sharding
-from peftjax.data import packing, pipeline, sources, text
+from peftjax.data import packing, pipeline, sources, stream, text
+from peftjax.data.examples import Examples
 from peftjax.method import nearest
 from peftjax.tasks import base as base_lib
 from peftjax.tasks import classification, images, lm, regression, retrieval
@@ -33,12 +34,18 @@ class Case(NamedTuple):
   base: bases.Base
   head: str | None  # of the model
   classes: int | None  # outputs of the head; None: it has no classes
-  arrays: Any  # {split: {name: [N, ...]}}
+  arrays: Any  # {split: {name: [N, ...]}, or a stream.Split of it}
+
+  def sample(self, split=None, count=1):
+    """{name: [count, ...]}, the first rows of a split; None: of any."""
+    arrays = self.arrays[split or next(iter(self.arrays))]
+    if isinstance(arrays, stream.Split):
+      return stream.sample(arrays, count)
+    return {k: v[:count] for k, v in arrays.items()}
 
   def example(self):
     """(args, kwargs) of the model for one row, for `describe`."""
-    arrays = next(iter(self.arrays.values()))
-    return self.task.inputs({k: v[:1] for k, v in arrays.items()})
+    return self.task.inputs(self.sample())
 
 
 def keep(cache, kind, key, make):
@@ -111,16 +118,21 @@ def load(config, splits, classes=None, cache=None, mesh=None):
   base_lib.must_take(base.model, module.CALL, name)
   task = module.task(spec, held_out, classes, base)
   tokenizer = None if module is images else _tokenizer(spec, base)
+  encode = module.arrays
+  if config.data.stream:
+    encode = functools.partial(_stream, module, config.data.augment)
   arrays = {}
   for split, source in opened.items():
     train = split == 'train' and len(opened) > 1
     key = (config.data.to_dict(), spec.to_dict(), train, weights, classes)
     arrays[split] = keep(
-        cache, f'arrays {split}', key, lambda source=source, train=train:
-        module.arrays(spec, source, base, tokenizer, classes, train))
+        cache, f'arrays {split}', key,
+        lambda source=source, train=train: encode(
+            spec, source, base, tokenizer, classes, train))
   if module is seq2seq:
     task = task._replace(generate=seq2seq.writer(
-        spec, held_out, base, tokenizer, config.eval_batch))
+        spec, held_out, base, tokenizer, config.eval_batch,
+        config.data.stream))
   return Case(task, base, head, classes, arrays)
 
 
@@ -143,6 +155,7 @@ def config_of(meta, weights=None, data=None, where='the adapter'):
   config = config_lib.defaults()
   config.model.weights, config.model.scan = weights, bool(base.get('scan'))
   config.data.train = 0  # all
+  config.data.stream = bool(base.get('stream'))
   config.data.name = data
   if data == base.get('data'):
     config.data.path = base.get('path', '')
@@ -162,13 +175,17 @@ def batches(config, arrays, shard=0, shards=1):
 
   Args:
     config: ConfigDict; batch, seed and task.buckets are read.
-    arrays: {name: [N, ...]}.
+    arrays: {name: [N, ...]}, or a `stream.Split`.
     shard, shards: Which part of every batch is read here.
 
   Returns:
     (iterator with get_state and set_state, tuple of numbers of tokens); one
     None where all batches have the shape of the arrays.
   """
+  if isinstance(arrays, stream.Split):
+    return stream.stream(
+        *arrays[:2], batch_size=config.batch, seed=config.seed,
+        augment=arrays.augment, shard_index=shard, shard_count=shards), (None,)
   args = (arrays, config.batch, config.seed)
   count = config.task.buckets
   if count < 2:
@@ -215,9 +232,20 @@ def _open(data, split):
     raise ValueError(f'{first} {what} of {data.name} {split} are asked for, '
                      f'there are {n}; 0 takes all')
   examples = source.examples
-  if first:
+  if first and data.stream:
+    examples = Examples(first, examples.__getitem__)
+  elif first:
     examples = [examples[i] for i in range(first)]
   return source._replace(examples=examples)
+
+
+def _stream(module, augment, spec, source, base, tokenizer, classes, train):
+  """The `stream.Split` of a source, in the place of `module.arrays`."""
+  args = (spec, source, base, tokenizer, classes)
+  if train and augment:
+    return stream.Split(source.examples, module.encoder(*args, ready=True),
+                        module.augment(base, augment == 'crop_flip'))
+  return stream.Split(source.examples, module.encoder(*args))
 
 
 def _options(options):

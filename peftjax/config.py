@@ -22,6 +22,10 @@ SPLITS = ('test', 'validation', 'train')
 # with other values.
 COSMETIC = ('log_every', 'eval_every', 'checkpoint_every', 'keep')
 
+# Of the images that are trained on: not at all; the crop anywhere; and mirrored,
+# which digits and letters must not be.
+AUGMENT = ('', 'crop', 'crop_flip')
+
 # Keys below which anything may stand; checked where it is used.
 _FREE = ('method', 'shard_rules', 'optim.groups', 'data.options')
 
@@ -42,9 +46,12 @@ def defaults():
   c.model = dict(name='', weights='vit_s', scan=False, remat=False)
   # name, path, options: as `data.sources.open_split` takes them. The first so
   # many examples of the splits are used; 0: all. splits: what the set calls
-  # them, or parts of them: 'train[:80%]'.
+  # them, or parts of them: 'train[:80%]'. stream: examples are read and encoded
+  # while the steps run, for sets that do not fit into memory; augment: one of
+  # AUGMENT, with stream.
   c.data = dict(name='kmnist', path='', train=800, validation=0, test=0,
-                options={}, splits={s: s for s in SPLITS})
+                options={}, splits={s: s for s in SPLITS}, stream=False,
+                augment='')
   c.task = dict(
       name='image',  # see peftjax.tasks
       metric='',  # that learning rates are chosen by; '': the task's first
@@ -100,7 +107,8 @@ def check(config):
       raise ValueError(f'method entry {m!r}: expected a mapping with a name '
                        "such as dict(name='lowrank.lora', rank=8)")
   for key, choices in (('dtype', DTYPES), ('eval_split', SPLITS),
-                       ('optim.schedule', SCHEDULES)):
+                       ('optim.schedule', SCHEDULES),
+                       ('data.augment', AUGMENT)):
     value = _get(have, key)
     if value not in choices:
       raise ValueError(f'{key}={value!r}{nearest(value, choices)}')
@@ -125,6 +133,30 @@ def check(config):
     if not 0 <= _get(have, key) < math.inf:
       raise ValueError(f'{key}={_get(have, key)}: expected a finite number, at '
                        'least 0')
+  _check_stream(config)
+
+
+def _check_stream(config):
+  """Raises for what examples cannot be, read one batch at a time or at once."""
+  data, task = config.data, config.task
+  if data.augment and task.name != 'image':
+    raise ValueError(f"data.augment={data.augment!r}: task {task.name!r} has no "
+                     "images; expected ''")
+  if data.augment and not data.stream:
+    raise ValueError(
+        f'data.augment={data.augment!r}: images that are kept in memory are '
+        "encoded once; expected data.stream=True, or ''")
+  if not data.stream:
+    return
+  if task.name == 'retrieve':
+    raise ValueError("data.stream=True: task 'retrieve' compares all texts of "
+                     'a split; expected False')
+  for key in ('buckets', 'packed'):
+    if task[key]:
+      raise ValueError(
+          f'task.{key}={task[key]}: rows are put together by the lengths of '
+          'all texts, which a stream does not know; expected '
+          f'{type(task[key])()}, or data.stream=False')
 
 
 def _get(tree, key):
@@ -168,10 +200,13 @@ def _fits(value, example):
 def differences(saved, config):
   """['optim.lr: 0.001 in the checkpoint, 0.003 now', ...] of two JSON configs.
 
-  Keys in `COSMETIC` are passed over.
+  Keys in `COSMETIC` are passed over. A key that the saved one lacks is newer
+  than it, and had its default.
   """
   flat = [{k.replace('/', '.'): v for k, v in trees.flatten(c).items()
-           if k not in COSMETIC} for c in (saved, config)]
+           if k not in COSMETIC} for c in (saved, config, to_json(defaults()))]
+  flat[0] |= {k: v for k, v in flat.pop().items()
+              if k in flat[1] and k not in flat[0]}
   out = []
   for key in sorted(set(flat[0]) | set(flat[1])):
     a, b = (f.get(key, 'not set') for f in flat)

@@ -8,6 +8,7 @@ base, a new head of zeros on it where the task has one, must be the one that the
 adapter was trained on, to the bit.
 """
 
+import collections
 import json
 
 from absl import app
@@ -20,9 +21,13 @@ from peftjax import case as case_lib
 from peftjax import sharding
 from peftjax.apply import apply
 from peftjax.artifact import load_adapter
-from peftjax.data import pipeline
+from peftjax.data import pipeline, stream
 from peftjax.sites import describe
 from peftjax.tasks import classification, images
+
+
+# Batches that may be under way before the oldest one's sums are fetched.
+LAG = 4
 
 
 def evaluator(model, methods, arrays, batch, mesh=None, task=None):
@@ -31,7 +36,8 @@ def evaluator(model, methods, arrays, batch, mesh=None, task=None):
   Args:
     model: A Linen module.
     methods: As given to `init`; () for the base alone, with theta {}.
-    arrays: {name: [N, ...]}, what the task's batches are rows of.
+    arrays: {name: [N, ...]}, what the task's batches are rows of, or a
+      `stream.Split`, of which a few batches at a time are in memory.
     batch: Rows at a time; rounded up to what divides over the mesh.
     mesh: From `sharding.make_mesh`; by default one device.
     task: A `tasks.base.Task`; None: images [B, ...] -> logits [B, classes],
@@ -47,7 +53,9 @@ def evaluator(model, methods, arrays, batch, mesh=None, task=None):
         'image', images.inputs, max(2, int(np.max(arrays['label'])) + 1))
   mesh = mesh or sharding.make_mesh(dict(data=1, model=1))
   parts = mesh.shape['data']
-  rows = len(next(iter(arrays.values())))
+  streamed = isinstance(arrays, stream.Split)
+  rows = len(arrays.examples if streamed else next(iter(arrays.values())))
+  batches = stream.eval_batches if streamed else pipeline.eval_batches
   batch = -(-min(batch, rows) // parts) * parts
   place = sharding.batch_sharding(mesh)
 
@@ -65,9 +73,12 @@ def evaluator(model, methods, arrays, batch, mesh=None, task=None):
   sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
   def run(params, theta, write=False):
-    found = jax.device_get([
-        sums(params, theta, sharding.put_global(b, place))
-        for b in pipeline.eval_batches(arrays, batch)])
+    found, pending = [], collections.deque()
+    for b in batches(arrays, batch):
+      pending.append(sums(params, theta, sharding.put_global(b, place)))
+      if len(pending) > LAG:  # the devices hold no more batches than these
+        found.append(jax.device_get(pending.popleft()))
+    found += jax.device_get(list(pending))
     loss = sum(v[0].item() for v in found)
     weights = [v[1] for v in found]
     total = rows if weights[0] is None else sum(w.item() for w in weights)

@@ -38,6 +38,7 @@ from peftjax import step as step_lib
 from peftjax import theta as theta_lib
 from peftjax import trees
 from peftjax.artifact import save_adapter
+from peftjax.data import stream
 from peftjax.evaluate import evaluator
 from peftjax.method import load
 from peftjax.sites import describe
@@ -121,10 +122,12 @@ def _train(config, workdir, progress, cache, saved, stopped):
       params_at, jax.random.key(config.seed))
 
   # ---------------------------------------------------------------------- data
-  arrays, held_out = case.arrays['train'], case.arrays[config.eval_split]
+  row, held_out = case.sample('train'), case.arrays[config.eval_split]
   batches, lengths = case_lib.batches(
-      config, arrays, jax.process_index(), jax.process_count())
-  batch_at = sharding.batch_sharding(mesh)
+      config, case.arrays['train'], jax.process_index(), jax.process_count())
+  # What is in memory is gathered when it is asked for, and not before.
+  batches = stream.DevicePrefetch(
+      batches, sharding.batch_sharding(mesh), 2 if config.data.stream else 0)
 
   def evaluate_with(stage):
     judge = evaluator(
@@ -183,14 +186,14 @@ def _train(config, workdir, progress, cache, saved, stopped):
       compiled = {}
       for length in lengths:
         compiled[length], tx = step_lib.compile_step(
-            run, stage, state, case_lib.cut(arrays, length))
+            run, stage, state, case_lib.cut(row, length))
         clock['peak_bytes'] = max(
             clock['peak_bytes'], step_lib.peak_bytes(compiled[length]))
       clock['compile_seconds'] += time.perf_counter() - tick
       pending = collections.deque()
       tick = time.perf_counter()
       while step < stage.end:
-        batch = sharding.put_batch(next(batches), batch_at)
+        batch = next(batches)
         # Nothing is copied to or from a device behind our back.
         with jax.transfer_guard('disallow'):
           length = batch['mask'].shape[1] if len(lengths) > 1 else lengths[0]
@@ -253,7 +256,7 @@ def _train(config, workdir, progress, cache, saved, stopped):
       save_adapter(adapter, stages[-1].methods, theta, sites, base, base=dict(
           weights=config.model.weights, classes=case.classes,
           scan=config.model.scan, data=config.data.name,
-          path=config.data.path, options=said['data']['options'],
+          path=config.data.path, stream=config.data.stream, options=said['data']['options'],
           splits=said['data']['splits'], split=config.eval_split,
           task=said['task'], head=case.head))
       _write_json(os.path.join(workdir, SUMMARY), summary)

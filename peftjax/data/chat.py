@@ -123,7 +123,8 @@ def answers(messages, template, names=None, **variables):
       f'{", ".join(TEMPLATES)}')
 
 
-def encode_messages(examples, tokenizer, length, template=None, **variables):
+def encode_messages(examples, tokenizer, length, template=None, keep=False,
+                    **variables):
   """Examples {'messages': [{'role', 'content'}]} -> arrays for a decoder.
 
   A conversation too long loses its end; one of which no answer is left is
@@ -134,6 +135,8 @@ def encode_messages(examples, tokenizer, length, template=None, **variables):
     tokenizer: a Tokenizer.
     length: T, 2 or more.
     template: name of `TEMPLATES`, or Jinja source; None: the tokenizer's own.
+    keep: whether conversations of which no answer is left have a row all the
+      same, with weights 0; they are counted as dropped.
     **variables: that the template may use, see `render`.
 
   Returns:
@@ -150,7 +153,7 @@ def encode_messages(examples, tokenizer, length, template=None, **variables):
     raise ValueError(f'chat template {template!r}'
                      f'{nearest(template, TEMPLATES)}')
   built_in = template in TEMPLATES.values()
-  rows, weights, cut, longest = [], [], 0, 0
+  rows, weights, cut, longest, dropped = [], [], 0, 0, 0
   texts, spans = [], []
   examples = encoding.read_rows(examples)
   for i in range(len(examples)):
@@ -175,11 +178,13 @@ def encode_messages(examples, tokenizer, length, template=None, **variables):
     answer[:1] = False  # nothing comes before it
     longest = max(longest, len(ids))
     cut += len(ids) > length
-    if answer[:length].any():
+    left = answer[:length].any()
+    dropped += not left
+    if left or keep:
       rows.append(ids[:length])
       weights.append(answer[:length])
   report = encoding.Report(
-      len(examples), cut, longest, dropped=len(examples) - len(rows))
+      len(examples), cut, longest, dropped=dropped)
   if not rows:
     raise ValueError(f'none of the {len(examples)} conversations has an '
                      f'answer in its first {length} tokens; the longest has '

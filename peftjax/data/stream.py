@@ -13,6 +13,7 @@ stopped.
 
 import collections
 import threading
+from typing import Any, Callable, NamedTuple, Optional
 
 from absl import logging
 import grain
@@ -21,6 +22,56 @@ import numpy as np
 
 from peftjax.data import encoding
 from peftjax.data import pipeline
+
+
+class Split(NamedTuple):
+  """A split that is encoded as it is read, in the place of its arrays.
+
+  Attributes:
+    examples: random access, see `stream`.
+    encode: list of examples -> arrays, or (arrays, Report); always the same
+      shapes for as many examples.
+    augment: see `stream`.
+  """
+
+  examples: Any
+  encode: Callable
+  augment: Optional[Callable] = None
+
+
+def sample(split, count=1):
+  """{name: [count, ...]} of the first examples of a Split."""
+  examples = [split.examples[i] for i in range(min(count, len(split.examples)))]
+  if split.augment:
+    random = np.random.default_rng(0)
+    examples = [split.augment(e, random) for e in examples]
+  return _encoder(split.encode)(examples)
+
+
+def eval_batches(split, batch_size, threads=2, ahead=2):
+  """All examples of a Split once, in order, in batches of one shape.
+
+  Args:
+    split: a Split.
+    batch_size: examples at a time.
+    threads, ahead: as of `stream`.
+
+  Yields:
+    Dicts of arrays [batch_size, ...] and 'valid' [batch_size], bool. The last
+    batch is filled up with the last example, where valid is False.
+  """
+  examples, encode = split.examples, _encoder(split.encode)
+  n = len(examples)
+  if batch_size < 1:
+    raise ValueError(f'batch_size {batch_size}; choose 1 or more')
+
+  def read(start):
+    places = np.arange(start, start + batch_size)
+    rows = [examples[min(int(i), n - 1)] for i in places]
+    return {**encode(rows), 'valid': places < n}
+
+  yield from grain.MapDataset.range(0, n, batch_size).map(read).to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
 
 
 def stream(examples, encode=None, *, batch_size, seed, augment=None,

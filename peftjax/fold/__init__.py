@@ -112,8 +112,8 @@ def _base(adapter_dir, meta, weights):
     config = case_lib.config_of(meta, weights, where=adapter_dir)
     split = said.get('split', 'test')
     case = case_lib.load(config, (split,), said.get('classes'))
-    rows = {k: v[:BATCH] for k, v in case.arrays[split].items()}
-    return case.base, case.task.inputs(rows), f'{config.data.name}, {split}'
+    inputs = case.task.inputs(case.sample(split, BATCH))
+    return case.base, inputs, f'{config.data.name}, {split}'
   base = bases.load(weights, said.get('head', 'own'), said.get('classes'),
                     bool(said.get('scan')))
   if base.folder:

@@ -9,5 +9,7 @@
   seq2seq           seq2seq            head 'lm'          seq2seq.py
   retrieve          retrieval          head 'pool'        retrieval.py
 
-`base.Task` says what a task is; `peftjax.case` makes one from a config.
+`encoder` of each module but retrieval's makes arrays of one shape from any
+examples, as streams need them; `arrays` encodes a whole split, cut to its
+longest text, or packed. `base.Task` says what a task is; `peftjax.case` makes one from a config.
 """

@@ -41,18 +41,33 @@ def task(spec, source, classes, base):
   return classify('classify', inputs, classes, metric_of(spec, source))
 
 
-def arrays(spec, source, base, tokenizer, classes, train):
-  """{ids, mask, types, label} of a split's examples.
+def encoder(spec, source, base, tokenizer, classes):
+  """Examples -> ({ids, mask, types, label} of spec.length tokens, Report).
 
   Args:
     spec, source, classes, base: As of `task`.
     tokenizer: Of the base.
+  """
+  del source
+
+  def encode(examples):
+    found, report = text.encode_classification(
+        examples, tokenizer, spec.length, classes)
+    return base_lib.with_types(found, base.model), report
+
+  return encode
+
+
+def arrays(spec, source, base, tokenizer, classes, train):
+  """{ids, mask, types, label} of a split's examples.
+
+  Args:
+    spec, source, base, tokenizer, classes: As of `encoder`.
     train: Whether it is what is trained on.
   """
   del train
-  found, _ = text.encode_classification(
-      source.examples, tokenizer, spec.length, classes)
-  return base_lib.trimmed(base_lib.with_types(found, base.model))
+  encode = encoder(spec, source, base, tokenizer, classes)
+  return base_lib.trimmed(encode(source.examples)[0])
 
 
 def inputs(batch):

@@ -45,6 +45,48 @@ def preprocessor(base):
   return images.Preprocessor(resize=bases.image_size(base))
 
 
+def encoder(spec, source, base, tokenizer, classes, ready=False):
+  """Examples -> {image, label} as of `arrays`, for streams.
+
+  Args:
+    spec, source, base, tokenizer, classes: As of `classification.encoder`.
+    ready: Whether images have their size already, from `augment`.
+  """
+  del spec, tokenizer
+  how = preprocessor(base)
+  if how:
+    how = how._replace(resize=None, crop=None) if ready else how
+    return lambda examples: images.encode_images(
+        examples, how, classes, raw=True)
+  size = bases.image_size(base)
+  return lambda examples: _scaled(examples, size, classes, source.name)
+
+
+def augment(base, flip):
+  """(example, numpy Generator) -> example, cropped anywhere; flip: mirrored."""
+  how = preprocessor(base) or images.Preprocessor(
+      resize=bases.image_size(base))
+  return lambda example, random: dict(example, image=images.pixels(
+      example['image'], how, random, flip=flip))
+
+
+def _scaled(rows, size, classes, name):
+  """{image, label} of images of one shape, as weight files read them."""
+  shapes = {r['image'].shape for r in rows}
+  if len(shapes) > 1 or size[0] != size[1]:
+    raise ValueError(
+        f'{name}: images of the shapes {sorted(shapes)} for a model of {size}; '
+        'a weight file reads square ones from a stream of one shape: expected '
+        'those, a checkpoint folder, or data.stream=False')
+  label = np.array([r['label'] for r in rows], np.int32)
+  pipeline.check_labels(label, classes)
+  image = np.stack([r['image'] for r in rows])
+  if image.shape[-1] not in (1, 3):
+    raise ValueError(f'{name}: images of {image.shape[-1]} channels; '
+                     'expected 1 (grey) or 3 (red, green, blue)')
+  return dict(image=pipeline.scale_images(image, size[0]), label=label)
+
+
 def arrays(spec, source, base, tokenizer, classes, train):
   """{image, label} of a split's examples, as the base wants its images.
 
@@ -59,10 +101,4 @@ def arrays(spec, source, base, tokenizer, classes, train):
   if len({r['image'].shape for r in rows}) > 1 or size[0] != size[1]:
     return images.encode_images(
         rows, images.Preprocessor(resize=size), classes)
-  label = np.array([r['label'] for r in rows], np.int32)
-  pipeline.check_labels(label, classes)
-  image = np.stack([r['image'] for r in rows])
-  if image.shape[-1] not in (1, 3):
-    raise ValueError(f'{source.name}: images of {image.shape[-1]} channels; '
-                     'expected 1 (grey) or 3 (red, green, blue)')
-  return dict(image=pipeline.scale_images(image, size[0]), label=label)
+  return _scaled(rows, size, classes, source.name)

@@ -60,6 +60,13 @@ def task(spec, source, classes, base):
               inputs, loss, measure, metrics)
 
 
+def encoder(spec, source, base, tokenizer, classes):
+  """Examples -> (arrays, Report), a text a row; see `classification.encoder`."""
+  del source, base, classes
+  return lambda examples: text.encode_lm(
+      examples, tokenizer, spec.length, rows='texts')
+
+
 def arrays(spec, source, base, tokenizer, classes, train):
   """{ids, mask, weights}; arguments as of `classification.arrays`.
 

@@ -47,10 +47,21 @@ def metrics(kept):
               mse=float(np.mean((guess - label) ** 2)))
 
 
+def encoder(spec, source, base, tokenizer, classes):
+  """Examples -> (arrays, Report); see `classification.encoder`."""
+  del source, classes
+
+  def encode(examples):
+    found, report = text.encode_classification(
+        examples, tokenizer, spec.length)
+    found['label'] = found['label'].astype(np.float32)
+    return base_lib.with_types(found, base.model), report
+
+  return encode
+
+
 def arrays(spec, source, base, tokenizer, classes, train):
   """{ids, mask, types, label}; arguments as of `classification.arrays`."""
-  del classes, train
-  found, _ = text.encode_classification(
-      source.examples, tokenizer, spec.length)
-  found['label'] = found['label'].astype(np.float32)
-  return base_lib.trimmed(base_lib.with_types(found, base.model))
+  del train
+  encode = encoder(spec, source, base, tokenizer, classes)
+  return base_lib.trimmed(encode(source.examples)[0])

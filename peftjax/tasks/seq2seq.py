@@ -71,62 +71,78 @@ def _start(base, tokenizer):
   return tokenizer.pad if start is None else start
 
 
+def encoder(spec, source, base, tokenizer, classes):
+  """Examples -> (arrays, Report); see `classification.encoder`.
+
+  A conversation of which no answer is left stays, with weights 0.
+  """
+  del classes
+  if reads_apart(base.model):
+    return lambda examples: text.encode_seq2seq(
+        examples, tokenizer, spec.length, 'encdec', spec.target_length or None,
+        start=_start(base, tokenizer))
+  if 'messages' in source.examples[0]:
+    return lambda examples: chat.encode_messages(
+        examples, tokenizer, spec.length, _template(spec, tokenizer), keep=True)
+  return lambda examples: text.encode_seq2seq(
+      examples, tokenizer, spec.length, prompt=spec.prompt)
+
+
+def _template(spec, tokenizer):
+  """The template of conversations; None: the tokenizer's own."""
+  own = tokenizer.template and spec.prompt == 'plain'
+  return None if own else spec.prompt
+
+
 def arrays(spec, source, base, tokenizer, classes, train):
   """Arrays as above; arguments as of `classification.arrays`.
 
   `task.prompt` is the template around a source, or of conversations; with
   `task.packed`, rows that a decoder is trained on hold several examples.
   """
-  del classes
+  encode = encoder(spec, source, base, tokenizer, classes)
   if reads_apart(base.model):
-    found, _ = text.encode_seq2seq(
-        source.examples, tokenizer, spec.length, 'encdec',
-        spec.target_length or None, start=_start(base, tokenizer))
+    found, _ = encode(source.examples)
     targets = {k: v for k, v in found.items() if k not in ('ids', 'mask')}
     targets['mask'] = targets['target_weights'] > 0
     cut = base_lib.trimmed(targets)
     del cut['mask']
     return base_lib.trimmed({k: found[k] for k in ('ids', 'mask')}) | cut
   if 'messages' in source.examples[0]:
-    template = None if tokenizer.template and spec.prompt == 'plain' else (
-        spec.prompt)
     found, _ = chat.encode_messages(
-        source.examples, tokenizer, spec.length, template)
+        source.examples, tokenizer, spec.length, _template(spec, tokenizer))
   else:
-    found, _ = text.encode_seq2seq(
-        source.examples, tokenizer, spec.length, prompt=spec.prompt)
+    found, _ = encode(source.examples)
   if spec.packed and train:
     found, _ = packing.pack(found, spec.length, tokenizer.pad)
   return base_lib.trimmed(found)
 
 
-def writer(spec, source, base, tokenizer, batch):
+def writer(spec, source, base, tokenizer, batch, stream=False):
   """`Task.generate` for a split, or None for conversations.
 
   Args:
     spec, source, base: As of `task`.
     tokenizer: Of the base.
     batch: Rows at a time.
+    stream: Whether prompts are read and encoded a batch at a time; of the rest
+      of the split, the answers that scores are made of are kept meanwhile.
 
   Raises:
     ValueError: no room for new tokens in the model's positions.
   """
-  examples = [source.examples[i] for i in range(len(source.examples))]
-  if 'messages' in examples[0]:
+  if 'messages' in source.examples[0]:
     return None
-  references = [e.get('references') or [e['target']] for e in examples]
-  short = [e.get('answer') for e in examples]
-  short = [str(a) for a in short] if all(a is not None for a in short) else None
-  kind = answer_kind(spec.answer, short, examples)
-  rows = _prompts(spec, examples, base, tokenizer)
-  batch = min(batch, len(examples))
+  n = len(source.examples)
+  read = lambda *span: [source.examples[i] for i in range(*span)]
+  batch = min(batch, n)
   stop = () if tokenizer.eos is None else (tokenizer.eos,)
   start = _start(base, tokenizer) if reads_apart(base.model) else None
 
-  def texts(model, methods, params, theta):
-    """What the model writes, a text an example."""
+  def texts(rows, model, methods, params, theta):
+    """What the model writes, a text a row."""
     out = []
-    for first in range(0, len(examples), batch):
+    for first in range(0, len(rows['ids']), batch):
       part = {k: v[first:first + batch] for k, v in rows.items()}
       n = len(part['ids'])
       # The last batch is filled up with its last row: one shape, one program.
@@ -139,7 +155,33 @@ def writer(spec, source, base, tokenizer, batch):
               for row in np.asarray(ids)[:n]]
     return out
 
-  return lambda *args: score(texts(*args), references, short, kind)
+  if not stream:
+    examples = read(n)
+    told = _answers(spec, examples)
+    rows = _prompts(spec, examples, base, tokenizer)
+    return lambda *args: score(texts(rows, *args), *told)
+
+  def write(*args):
+    out, kept = [], []
+    for first in range(0, n, batch):
+      part = read(first, min(first + batch, n))
+      out += texts(_prompts(spec, part, base, tokenizer, cut=False), *args)
+      kept += [{k: e.get(k) for k in ('target', 'references', 'answer')}
+               for e in part]
+    return score(out, *_answers(spec, kept))
+
+  one = read(1)  # what does not fit is said now, not after training
+  _answers(spec, one)
+  _prompts(spec, one, base, tokenizer)
+  return write
+
+
+def _answers(spec, examples):
+  """(references, short answers or None, their kind) of examples."""
+  references = [e.get('references') or [e['target']] for e in examples]
+  short = [e.get('answer') for e in examples]
+  short = [str(a) for a in short] if all(a is not None for a in short) else None
+  return references, short, answer_kind(spec.answer, short, examples)
 
 
 def score(texts, references, short=None, kind='text'):
@@ -180,14 +222,18 @@ def _number(text_):
     return None
 
 
-def _prompts(spec, examples, base, tokenizer):
-  """{ids, mask} of what is continued, or read by an encoder."""
+def _prompts(spec, examples, base, tokenizer, cut=True):
+  """{ids, mask} of what is continued, or read by an encoder.
+
+  cut: whether columns that are padding in all rows are left out.
+  """
+  trimmed = base_lib.trimmed if cut else lambda arrays: arrays
   most = bases.positions(base)
   if reads_apart(base.model):
     found, _ = text.encode_seq2seq(
         [dict(source=e['source'], target=e['target']) for e in examples],
         tokenizer, spec.length, 'encdec', start=_start(base, tokenizer))
-    return base_lib.trimmed({k: found[k] for k in ('ids', 'mask')})
+    return trimmed({k: found[k] for k in ('ids', 'mask')})
   length = spec.length if most is None else min(
       spec.length, most - spec.max_new_tokens)
   if length < 1:
@@ -195,7 +241,7 @@ def _prompts(spec, examples, base, tokenizer):
         f'task.max_new_tokens={spec.max_new_tokens} leaves no room for a '
         f'prompt in the {most} positions of the model')
   found, _ = text.encode_prompts(examples, tokenizer, length, spec.prompt)
-  return base_lib.trimmed(found)
+  return trimmed(found)
 
 
 def _until(row, stop):

@@ -61,9 +61,15 @@ def task(spec, source, classes, base):
               classification.inputs, loss, measure, metrics)
 
 
+def encoder(spec, source, base, tokenizer, classes):
+  """Examples -> (arrays, Report); see `classification.encoder`."""
+  del base, classes
+  return lambda examples: text.encode_tagging(
+      examples, tokenizer, spec.length, source.labels)
+
+
 def arrays(spec, source, base, tokenizer, classes, train):
   """{ids, mask, labels}; arguments as of `classification.arrays`."""
-  del base, classes, train
-  found, _ = text.encode_tagging(
-      source.examples, tokenizer, spec.length, source.labels)
-  return base_lib.trimmed(found)
+  del train
+  encode = encoder(spec, source, base, tokenizer, classes)
+  return base_lib.trimmed(encode(source.examples)[0])
