@@ -16,6 +16,7 @@ from peftjax import train as train_lib
 from peftjax.data import images, pipeline, stream
 from peftjax.data.chat import encode_messages
 from peftjax.data.text import load_tokenizer
+from peftjax.fold import fold_adapter
 
 WORDS = 'good bad film book red blue cat dog one two three four'.split()
 CLASSIFY = [dict(text=' '.join(WORDS[:1 + n % 9]), label=n % 2)
@@ -230,6 +231,18 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(
     found = evaluate.evaluate_adapter(
         str(tmp_path / 'whole' / 'adapter'), batch=8)
     assert found['adapted'] == pytest.approx(whole['after'], rel=1e-5)
+
+
+def test_an_adapter_is_judged_by_the_rows_that_its_run_was(config_of, tmp_path):
+  """A text a row, not the chunks that a run in memory makes of all texts."""
+  after = train_lib.train(
+      config_of('lm', steps=2), str(tmp_path / 'run'), False)['after']
+  adapter = str(tmp_path / 'run' / 'adapter')
+  assert after['n'] == 22
+  assert evaluate.evaluate_adapter(adapter, batch=8)['adapted'] == (
+      pytest.approx(after, rel=1e-5))
+  report = fold_adapter(adapter, str(tmp_path / 'folded'))
+  assert report['max_abs'] < 1e-5 < report['largest']
 
 
 # ------------------------------------------------------------------- bad input
