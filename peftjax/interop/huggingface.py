@@ -109,8 +109,14 @@ def _fresh(model, config, paths):
     params = trees.flatten(model.init(key, *inputs)['params'])
     return {p: params[p] for p in paths}
 
-  return make(jax.random.key(0), *(
-      jnp.zeros(s.shape, s.dtype) for s in families.example(model, config)))
+  try:  # a base's fingerprint covers its new head: the same on all devices
+    place = jax.local_devices(backend='cpu')[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+    place = None
+  with jax.default_device(place):
+    made = make(jax.random.key(0), *(
+        jnp.zeros(s.shape, s.dtype) for s in families.example(model, config)))
+  return {p: np.asarray(v) for p, v in made.items()}
 
 
 class _Source:

@@ -1,11 +1,18 @@
 """The small backbones of the repository are those that their card describes."""
 
 import hashlib
+import os
 import pathlib
 
+import numpy as np
 import pytest
+import tokenizers
 
+from experiments.pretrain import books
+from experiments.pretrain import train_mlm
+import peftjax
 from peftjax import bases
+from peftjax import models
 from peftjax import trees
 from peftjax.data import text
 
@@ -30,3 +37,24 @@ def test_card(name):
   text.check_fits(tokenizer, base.model.vocab, bases.positions(base), 128)
   ids = tokenizer.encode(['It was a dark and stormy night.'])[0]
   assert tokenizer.decode(ids).strip() == 'It was a dark and stormy night.'
+
+
+def test_masked_language_model_passes_its_gate():
+  """On 64 rows of text that nobody was trained on; the card has 640."""
+  data = pathlib.Path(os.environ.get('PEFTJAX_DATA') or
+                      ROOT.parent.parent / 'shared' / 'data')
+  folder = data / 'checkpoints' / 'all-MiniLM-L6-v2'
+  if not folder.is_dir():
+    pytest.skip(f'{folder.name} is not there; set PEFTJAX_DATA')
+  model, params, config = models.load(folder, head='mlm')
+  sites = peftjax.describe(model, *models.example(model, config))
+  methods, theta, _ = peftjax.load_adapter(ROOT / 'minilm_mlm', sites, params)
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  novel = books.read(str(data), 'lm/books/test')[0]['text']
+  rows, at, want = train_mlm.masked(
+      train_mlm.rows_of(tokenizer, [novel], 64)[:64], 9,
+      tokenizer.token_to_id('[MASK]'), model.vocab, np.random.RandomState(0))
+  logits = train_mlm.logits_at(model, methods, params, theta, rows, at)
+  assert (logits.argmax(-1) == want).mean() > 0.25
