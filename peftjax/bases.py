@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import trees
+from peftjax.interop import families
 from peftjax.interop import huggingface
 from peftjax.interop.files import find_folder, packaged
 from peftjax.models.weights import load_weights, read_config
@@ -85,12 +86,9 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
 
 def image_size(base):
   """(H, W) in pixels of the images that a base was trained on."""
-  config = base.config
-  if 'input' in config:
-    return tuple(config['input'][1:3])
-  side = config.get('image_size') or config.get(
-      'vision_config', {}).get('image_size') or 224
-  return (side, side) if isinstance(side, int) else tuple(side)
+  if 'input' in base.config:  # of a weight file
+    return tuple(base.config['input'][1:3])
+  return families.image_size(base.config)
 
 
 def positions(base):

@@ -28,7 +28,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import shutil
 import sys
 import traceback
@@ -43,6 +42,7 @@ from rich import table as rich_table
 
 from peftjax import measures
 from peftjax import report
+from peftjax.data import builders
 from peftjax.train import train
 
 
@@ -176,9 +176,7 @@ def keep_compiled(folder=None):
   """
   if jax.config.jax_compilation_cache_dir:
     return
-  folder = folder or os.path.join(
-      os.environ.get('PEFTJAX_CACHE') or
-      pathlib.Path.home() / '.cache' / 'peftjax', 'xla')
+  folder = folder or builders.cache_folder() / 'xla'
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 

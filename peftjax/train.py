@@ -87,8 +87,8 @@ def train(config, workdir, progress=True, cache=None):
     ema, those of the average; before is None without eval_before), 'main'
     (the name of the one that the task is judged by), 'trained', 'stored',
     'base' (counts), 'steps_per_second', 'compile_seconds', 'peak_bytes' (of
-    the largest step), 'config', 'versions', 'devices', 'fingerprint', 'adapter'. After SIGTERM
-    only dict(stopped_at=step).
+    the largest step), 'config', 'versions', 'devices', 'fingerprint',
+    'adapter'. After SIGTERM only dict(stopped_at=step).
 
   Raises:
     ValueError: a config, work folder, base or data that cannot be used, before
@@ -256,7 +256,8 @@ def _train(config, workdir, progress, cache, saved, stopped):
       save_adapter(adapter, stages[-1].methods, theta, sites, base, base=dict(
           weights=config.model.weights, classes=case.classes,
           scan=config.model.scan, data=config.data.name,
-          path=config.data.path, stream=config.data.stream, options=said['data']['options'],
+          path=config.data.path, stream=config.data.stream,
+          options=said['data']['options'],
           splits=said['data']['splits'], split=config.eval_split,
           task=said['task'], head=case.head))
       _write_json(os.path.join(workdir, SUMMARY), summary)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from peftjax import bases
+from peftjax.data import builders
 from peftjax.interop import families
 from peftjax.interop import huggingface
 from peftjax.interop import vit
@@ -37,8 +38,7 @@ MODELS = {
 
 def tiny(kind):
   """The folder of a tiny 'bert', 'gpt2' or 'vit', made if it is not there."""
-  cache = os.environ.get('PEFTJAX_CACHE') or os.path.join(
-      os.path.expanduser('~'), '.cache', 'peftjax')
+  cache = builders.cache_folder()
   folder = os.path.join(cache, f'tiny_{kind}_{VERSION}')
   if not os.path.isfile(os.path.join(folder, 'config.json')):
     model = MODELS[kind]

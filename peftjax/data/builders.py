@@ -73,6 +73,12 @@ class PeftjaxImages(tfds.core.GeneratorBasedBuilder):
       yield i, dict(image=image[..., None], label=int(label))
 
 
+def cache_folder():
+  """$PEFTJAX_CACHE, or ~/.cache/peftjax: what can be made again."""
+  return pathlib.Path(os.environ.get('PEFTJAX_CACHE') or
+                      pathlib.Path.home() / '.cache' / 'peftjax')
+
+
 def prepared(name):
   """Builder of a set whose files are ready to be read.
 
@@ -84,8 +90,7 @@ def prepared(name):
     near = difflib.get_close_matches(name, NAMES, 3, 0.3) or NAMES
     raise ValueError(
         f'unknown data set {name!r}; nearest: {", ".join(near)}')
-  cache = pathlib.Path(os.environ.get('PEFTJAX_CACHE') or
-                       pathlib.Path.home() / '.cache' / 'peftjax')
+  cache = cache_folder()
   with _lock(cache / f'{name}.lock'):
     # A builder reads what is there when it is made, so files are checked and,
     # if broken, removed before.

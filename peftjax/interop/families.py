@@ -14,7 +14,6 @@ Every family of backbones has a module here that knows its names:
 """
 
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -39,8 +38,6 @@ def family(model_type):
   """The module that knows a model_type; an unknown one is a ValueError."""
   known = {}
   for name in FAMILIES:
-    if importlib.util.find_spec(f'peftjax.interop.{name}') is None:
-      continue
     module = importlib.import_module(f'peftjax.interop.{name}')
     known |= {t: module for t in module.MODEL_TYPES}
   if model_type not in known:
@@ -58,6 +55,13 @@ def own_head(config):
   return None
 
 
+def image_size(config):
+  """(H, W) in pixels that config.json names, 224 where it does not."""
+  side = config.get('image_size') or config.get('vision_config', {}).get(
+      'image_size') or 224
+  return (side, side) if isinstance(side, int) else tuple(side)
+
+
 def example(model, config=None):
   """Example inputs of a backbone as ShapeDtypeStructs, for `describe`.
 
@@ -66,12 +70,9 @@ def example(model, config=None):
     config: config.json, where the size of images stands; 224 otherwise.
   """
   config = config or {}
-  side = config.get('image_size') or config.get('vision_config', {}).get(
-      'image_size') or 224
   ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  sides = (side, side) if isinstance(side, int) else tuple(side)
   kinds = dict(ids=ids, targets=ids, images=jax.ShapeDtypeStruct(
-      (1, *sides, config.get('num_channels', 3)), jnp.float32))
+      (1, *image_size(config), config.get('num_channels', 3)), jnp.float32))
   needed = [p.name for p in inspect.signature(model.__call__).parameters.values()
             if p.default is p.empty]
   return tuple(kinds[name] for name in needed)

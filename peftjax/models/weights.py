@@ -48,8 +48,9 @@ def load_weights(path_or_name, classes=None, key=None, scan=False,
 
   Raises:
     FileNotFoundError: no such path.
-    ValueError: a head that the model does not have, unknown name, unreadable file, or tensors that are missing,
-      left over or of another shape than the model's.
+    ValueError: a head that the model does not have, unknown name, unreadable
+      file, or tensors that are missing, left over or of another shape than the
+      model's.
   """
   path = _resolve(path_or_name)
   tensors, config = _read(path)
