@@ -38,7 +38,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax.models.layers import activation, LayerScale, run_stack, stacked
+from peftjax.models.layers import activation, attention, LayerScale
+from peftjax.models.layers import run_stack, stacked
 
 HEADS = (None, 'pool', 'classify')
 # Of the learned tokens, how many each reads.
@@ -72,13 +73,7 @@ class Attention(nn.Module):
     mask: booleans that broadcast to [B, H, T, S], True where a query may
     look; None lets every query look everywhere.
     """
-    # Softmax in float32: in bfloat16 its sums lose the small weights.
-    s = jnp.einsum('bthd,bshd->bhts', q / math.sqrt(q.shape[-1]), k,
-                   preferred_element_type=jnp.float32)
-    if mask is not None:
-      s = jnp.where(mask, s, jnp.finfo(s.dtype).min)
-    w = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    return jnp.einsum('bhts,bshd->bthd', w, v)
+    return attention(q, k, v, mask)
 
 
 class Mlp(nn.Module):
