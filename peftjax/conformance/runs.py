@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class Tiny(nn.Module):
-  """Convolution, blocks, norm, head: images [B, 4, 4, 2] -> [B, 3]."""
+  """Convolution, table, blocks, norm, head: [B, 4, 4, 2] -> [B, 3]."""
 
   scan: bool = False
   remat: bool = False
@@ -68,6 +68,8 @@ class Tiny(nn.Module):
   def __call__(self, images):
     x = nn.Conv(8, (2, 2), (2, 2), dtype=self.dtype, name='stem')(images)
     x = x.reshape(x.shape[0], -1, 8)
+    ids = jnp.arange(x.shape[1])  # images have no other
+    x += nn.Embed(8, 8, dtype=self.dtype, name='embed')(ids)
     block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
     if self.scan:
       x, _ = nn.scan(
