@@ -19,8 +19,8 @@ from peftjax import sites as sites_lib
 from peftjax import trees
 from peftjax import views as views_lib
 from peftjax.folding import fold, fold_site, located, must_fold
-from peftjax.method import as_methods, check_theta, Context, nearest, SHARED
-from peftjax.method import Site
+from peftjax.method import as_methods, check_theta, Context, hooks_of, nearest
+from peftjax.method import SHARED, Site
 
 KEY = 'peft'
 
@@ -77,7 +77,7 @@ def _route(method, module, layout, called):
   """How a method acts on this call of this module: 'layer', 'fold' or ''."""
   if isinstance(module, nn.Embed) and called == 'attend':
     return 'fold' if method.on == '__call__' else ''
-  if called != method.on:
+  if called not in hooks_of(method):
     return ''
   if method.layer is None:
     return 'fold'
@@ -94,7 +94,7 @@ class _Engine:
     self.shared = {n: t.get(SHARED, {}) for n, t in theta.items()}
     self.met = set()
     self.prefix = ()
-    self.called = {'__call__', 'attend', *(m.on for m in named.values())}
+    self.called = {'__call__', 'attend'}.union(*map(hooks_of, named.values()))
 
   def __call__(self, f, args, kwargs, context):
     module, called = context.module, context.method_name
@@ -118,10 +118,12 @@ class _Engine:
       kwargs = {}
     for i, (name, m, _, parts) in enumerate(steps[cut + 1:]):
       plain = cut < 0 and i == 0 and 'kernel' in own
-      f = self.wrap(f, name, m, parts, module, layout, leaves, own, path, plain)
+      f = self.wrap(f, name, m, parts, module, called, layout, leaves, own,
+                    path, plain, steps[:cut + 1 + i])
     return f(*args, **kwargs)
 
-  def context(self, module, site, name, params, rest, leaves, layout):
+  def context(self, module, called, site, name, params, rest, leaves, layout,
+              kernel):
     rng = None
     if self.train and module.has_rng('params'):
       rng = module.make_rng('params')  # split over layers by every nn.scan
@@ -132,26 +134,46 @@ class _Engine:
 
     return Context(
         site.path, site, params, rest, self.train, rng, self.batch, sow,
-        lambda x, a: views_lib.dot(module, layout, leaves, x, a))
+        lambda x, a: views_lib.dot(module, layout, leaves, x, a), kernel,
+        called)
 
-  def wrap(self, f, name, m, parts, module, layout, leaves, own, path, plain):
+  def folded(self, steps, leaves, own, path, train=False, key=None):
+    """Own leaves of a layer with methods folded in, in their order."""
+    turn = itertools.count()
+    for name, m, _, parts in steps:
+      must_fold(name, m)
+      for columns, t in parts.items():
+        where, view = path, leaves
+        if columns:
+          span = tuple(map(int, columns.split(':')))
+          where = f'{path}[{columns}]'
+          view = {n: v._replace(span=span) for n, v in leaves.items()
+                  if n in ('kernel', 'bias')}
+        k = None if key is None else jax.random.fold_in(key, next(turn))
+        ctx = Context(where, train=train, rng=k, batch=self.batch)
+        own = fold_site(m, view, own, {**self.shared[name], **t}, ctx)
+    return own
+
+  def wrap(self, f, name, m, parts, module, called, layout, leaves, own, path,
+           plain, inner):
     """`f` with one method's layer view around it.
 
     plain: f is the layer itself, so a part of a fused kernel can be multiplied
-    alone.
+    alone. inner: the steps that made f, which a rule that asks for the kernel
+    finds folded in, as outside of training.
     """
     flat = layout.route == 'flat' and m.on == '__call__'
 
     def call(x, *rest, **kwargs):
       dtype = _compute_dtype(module, x, own)
-      inner = lambda new, *more: f(new, *(more or rest), **kwargs)
+      base = lambda new, *more: f(new, *(more or rest), **kwargs)
       if flat:
         dims_in, dims_out = leaves['kernel'].dims
         raw = x
         x = views_lib.flatten(x, layout.x_axes)
         start = x
 
-        def inner(new, *more):
+        def base(new, *more):
           back = raw if new is start else views_lib.unflatten(
               new, dims_in, layout.x_axes)
           y = f(back, *(more or rest), **kwargs)
@@ -167,18 +189,23 @@ class _Engine:
         where = f'{path}[{columns}]' if columns else path
         site = Site(where, type(module).__name__, '',
                     views_lib.shapes(params), views_lib.shapes(x))
-        ctx = self.context(module, site, name, params, rest, leaves, layout)
+
+        def kernel(of=view.get('kernel')):
+          return of.get(self.folded(inner, leaves, own, path)[of.leaf])
+
+        ctx = self.context(module, called, site, name, params, rest, leaves,
+                           layout, kernel if 'kernel' in view else None)
         with located(name, where):
           t = m.prepare({**self.shared[name], **t}, ctx)
         t = {n: _as(v, dtype) for n, v in t.items()}
         if not span:
           with located(name, where):
-            y = m.layer(inner, x, t, ctx)
+            y = m.layer(base, x, t, ctx)
           continue
         if y is None:
-          y = inner(x)
+          y = base(x)
         alone = _matmul(params, dtype) if plain else (
-            lambda new, a=span[0], b=span[1]: inner(new)[..., a:b])
+            lambda new, a=span[0], b=span[1]: base(new)[..., a:b])
         with located(name, where):
           part = m.layer(_columns(alone, x, y, span), x, t, ctx)
         y = y.at[..., slice(*span)].set(part.astype(y.dtype))
@@ -195,8 +222,6 @@ class _Engine:
     and never stored. A module with submodules is not rematerialised.
     """
     module, method = context.module, context.method_name
-    for name, m, _, _ in steps:
-      must_fold(name, m)
     state = [c for c, v in module.variables.items()
              if c not in ('params', 'aux') and jax.tree.leaves(v)]
     if state:
@@ -206,7 +231,7 @@ class _Engine:
     params = module.variables['params']
     children = {n: v for n, v in params.items() if n not in own and n != KEY}
     hooks = {n: v for n, v in params[KEY].items()
-             if self.named[n].on not in ('__call__', method)}
+             if set(hooks_of(self.named[n])) - {'__call__', method}}
     if hooks:  # of other methods of this module, called inside
       children[KEY] = hooks
     rngs = {n: module.make_rng(n) for n in ('dropout', 'params')
@@ -214,19 +239,9 @@ class _Engine:
     bare = module.clone(parent=None, name=None)
 
     def run(own, theta, first, rest):
-      turn = itertools.count()
-      for (name, m, _, _), parts in zip(steps, theta):
-        for columns, t in parts.items():
-          where, view = path, leaves
-          if columns:
-            span = tuple(map(int, columns.split(':')))
-            where = f'{path}[{columns}]'
-            view = {n: v._replace(span=span) for n, v in leaves.items()
-                    if n in ('kernel', 'bias')}
-          key = rngs.get('params')
-          key = None if key is None else jax.random.fold_in(key, next(turn))
-          ctx = Context(where, train=self.train, rng=key, batch=self.batch)
-          own = fold_site(m, view, own, {**self.shared[name], **t}, ctx)
+      given = [(*step[:3], parts) for step, parts in zip(steps, theta)]
+      own = self.folded(
+          given, leaves, own, path, self.train, rngs.get('params'))
       outer, self.prefix = self.prefix, tuple(path.split('/')) if path else ()
       try:
         return bare.apply({'params': {**children, **own}}, *first, *rest,
@@ -353,5 +368,5 @@ def apply(model, methods, params, theta, *args, train=False, rng=None,
           name, base, columns) not in engine.met:
         raise ValueError(
             f'{name}: theta for {path!r} was never used: the model did not '
-            f'call {named[name].on} of that layer')
+            f'call {" or ".join(hooks_of(named[name]))} of that layer')
   return out, state.get('aux', {})

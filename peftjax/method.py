@@ -38,6 +38,14 @@ class Site(NamedTuple):
   y: Any = None  # shapes of the output of __call__
   stack: tuple[int, ...] = ()  # axes added by nn.scan
   leaves: Mapping[str, Any] = {}  # method's name of a leaf -> View
+  hooks: Mapping[str, Any] = {}  # hook method -> Hook, as the model calls it
+
+
+class Hook(NamedTuple):
+  """Shapes of a call of a module's method; None for what is no array."""
+
+  inputs: tuple[Any, ...]
+  output: Any
 
 
 class Context(NamedTuple):
@@ -52,6 +60,8 @@ class Context(NamedTuple):
   batch: Any = None  # side inputs (task ids, adapter ids)
   sow: Optional[Callable] = None  # sow(name, value): lands in apply's aux
   dot: Optional[Callable] = None  # dot(x, a [d_in, r]): x times a, as the layer
+  kernel: Optional[Callable] = None  # kernel(): inner methods folded in
+  hook: str = '__call__'  # the method of the module that is wrapped now
 
 
 def identity(t, ctx):
@@ -77,8 +87,12 @@ class Method(NamedTuple):
     layer: `(f, x, t, ctx) -> y` or None. f(x) is called with the further inputs
       of the call; f(x, *others) replaces them.
     on: The module method that `layer` wraps: '__call__', or a hook of our own
-      backbones: 'attend', 'join', 'embed', 'readout'.
+      backbones: 'attend', 'join', 'embed', 'readout'. A tuple wraps several;
+      `ctx.hook` says which one is called.
     shared: `(key, sites) -> {name: array}`, arrays that all sites see.
+    along: `Site -> bool`, sites that come along with the chosen ones.
+    reads: `{path: Site} of the model -> {name: path of a leaf}`, leaves of the
+      base that `init` finds in p beside the layer's own.
     frozen: Leaves of theta that are data, not trained.
     drops: Base leaves that the rule replaces ('kernel' once quantised).
     replaces: Theta holds new values of the layer's own leaves, by the same
@@ -102,8 +116,10 @@ class Method(NamedTuple):
   prepare: Callable = identity
   fold: Optional[Callable] = None
   layer: Optional[Callable] = None
-  on: str = '__call__'
+  on: str | tuple[str, ...] = '__call__'
   shared: Callable = nothing
+  along: Optional[Callable] = None
+  reads: Optional[Callable] = None
   frozen: tuple[str, ...] = ()
   drops: tuple[str, ...] = ()
   replaces: bool = False
@@ -119,6 +135,11 @@ class Method(NamedTuple):
 
 
 SHARED = '*'  # the key of a method's shared arrays beside its paths
+
+
+def hooks_of(method):
+  """The module methods that a method wraps, a tuple."""
+  return (method.on,) if isinstance(method.on, str) else tuple(method.on)
 
 
 def as_methods(methods):
