@@ -53,45 +53,9 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
       positive, an unknown scaling, a dropout outside [0, 1), or a pattern that
       matches no site.
   """
-  rank_pattern, alpha_pattern = (
-      tuple(p.items()) if hasattr(p, 'items') else tuple(map(tuple, p))
-      for p in (rank_pattern, alpha_pattern))
-  if scaling not in SCALINGS:
-    raise ValueError(f'unknown scaling {scaling!r}{nearest(scaling, SCALINGS)}')
-  if not 0 <= dropout < 1:
-    raise ValueError(f'lora: dropout={dropout}: expected a rate in [0, 1); '
-                     f'the nearest is {0.0 if dropout < 0 else 0.9}')
-  for a in (alpha, *(a for _, a in alpha_pattern)):
-    if not 0 < a < math.inf:
-      raise ValueError(f'lora: alpha={a}: expected a positive number; 16 is '
-                       'usual')
-
-  def rank_of(path):
-    return trees.first_match(rank_pattern, path, rank)
-
-  def scale_of(path):
-    r = rank_of(path)
-    root = r if scaling == 'lora' else math.sqrt(r)
-    return trees.first_match(alpha_pattern, path, alpha) / root
-
-  def check(found):
-    for pattern, _ in rank_pattern + alpha_pattern:
-      if not any(trees.first_match([(pattern, True)], p, False)
-                 for p in found):
-        raise ValueError(
-            f'lora: pattern {pattern!r} matches none of its sites'
-            f'{nearest(pattern, found)}')
-    for path, site in found.items():
-      if 'kernel' not in site.params:
-        raise ValueError(f'lora: {path!r} ({site.kind}) has no kernel; it has '
-                         f'{sorted(site.params)}')
-      most, r = min(site.params['kernel'].shape), rank_of(path)
-      if not isinstance(r, numbers.Integral) or not 1 <= r <= most:
-        near = min(max(int(r), 1), most) if isinstance(r, numbers.Real) else 8
-        raise ValueError(
-            f'lora: rank {r!r} at {path!r}: expected a whole number from 1 to '
-            f'{most} for a kernel of {list(site.params["kernel"].shape)}; the '
-            f'nearest is {min(near, most)}')
+  check_rate(dropout)
+  rank_of, scale_of, check = by_site(
+      rank, alpha, scaling, rank_pattern, alpha_pattern)
 
   def init(key, site, p, stats):
     del stats
@@ -110,16 +74,7 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
     return {**p, 'kernel': p['kernel'] + t['scale'] * (t['a'] @ t['b'])}
 
   def layer(f, x, t, ctx):
-    h = x
-    if dropout and ctx.train:
-      if jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f'lora: dropout on the input of {ctx.path!r}, which '
-                         'takes ids; leave the embedding out or set dropout=0')
-      if ctx.rng is None:
-        raise ValueError(f'lora: dropout={dropout} at {ctx.path!r} needs a key '
-                         'while training: apply(..., train=True, rng=key)')
-      keep = jax.random.bernoulli(ctx.rng, 1 - dropout, x.shape)
-      h = jnp.where(keep, x / (1 - dropout), 0).astype(x.dtype)
+    h = dropped(x, dropout, ctx)
     return f(x) + t['scale'] * (ctx.dot(h, t['a']) @ t['b'])
 
   def count(site):
@@ -127,3 +82,74 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
 
   return Method('lora', sites, init, prepare, fold, layer, needs_x=False,
                 check=check, count=count)
+
+
+def by_site(rank, alpha, scaling, rank_pattern, alpha_pattern):
+  """Rank and scale of every site.
+
+  Args:
+    rank: As for `lora`, like all that follow.
+    alpha: Numerator of the scale.
+    scaling: 'lora' or 'rslora'.
+    rank_pattern: (regex, rank) pairs or a mapping.
+    alpha_pattern: (regex, alpha) pairs or a mapping.
+
+  Returns:
+    (path -> r, path -> s, the check of a method's sites).
+  """
+  rank_pattern, alpha_pattern = (
+      tuple(p.items()) if hasattr(p, 'items') else tuple(map(tuple, p))
+      for p in (rank_pattern, alpha_pattern))
+  if scaling not in SCALINGS:
+    raise ValueError(f'unknown scaling {scaling!r}{nearest(scaling, SCALINGS)}')
+  for a in (alpha, *(a for _, a in alpha_pattern)):
+    if not 0 < a < math.inf:
+      raise ValueError(f'alpha={a}: expected a positive number; 16 is usual')
+
+  def rank_of(path):
+    return trees.first_match(rank_pattern, path, rank)
+
+  def scale_of(path):
+    r = rank_of(path)
+    root = r if scaling == 'lora' else math.sqrt(r)
+    return trees.first_match(alpha_pattern, path, alpha) / root
+
+  def check(found):
+    for pattern, _ in rank_pattern + alpha_pattern:
+      if not any(trees.first_match([(pattern, True)], p, False)
+                 for p in found):
+        raise ValueError(f'pattern {pattern!r} matches none of the sites'
+                         f'{nearest(pattern, found)}')
+    for path, site in found.items():
+      if 'kernel' not in site.params:
+        raise ValueError(f'{path!r} ({site.kind}) has no kernel; it has '
+                         f'{sorted(site.params)}')
+      most, r = min(site.params['kernel'].shape), rank_of(path)
+      if not isinstance(r, numbers.Integral) or not 1 <= r <= most:
+        near = min(max(int(r), 1), most) if isinstance(r, numbers.Real) else 8
+        raise ValueError(
+            f'rank {r!r} at {path!r}: expected a whole number from 1 to {most} '
+            f'for a kernel of {list(site.params["kernel"].shape)}; the nearest '
+            f'is {min(near, most)}')
+
+  return rank_of, scale_of, check
+
+
+def check_rate(dropout):
+  if not 0 <= dropout < 1:
+    raise ValueError(f'dropout={dropout}: expected a rate in [0, 1); the '
+                     f'nearest is {0.0 if dropout < 0 else 0.9}')
+
+
+def dropped(x, rate, ctx):
+  """An adapter's input: x itself but while training, then inverted dropout."""
+  if not rate or not ctx.train:
+    return x
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f'dropout on the input of {ctx.path!r}, which takes ids; '
+                     'leave the embedding out or set dropout=0')
+  if ctx.rng is None:
+    raise ValueError(f'dropout={rate} at {ctx.path!r} needs a key while '
+                     'training: apply(..., train=True, rng=key)')
+  keep = jax.random.bernoulli(ctx.rng, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
