@@ -8,6 +8,7 @@ the conformance suite. The formula of the count is the docstring's line 'Count:'
 
 import functools
 import importlib
+import inspect
 import re
 from typing import NamedTuple
 
@@ -35,8 +36,9 @@ class Capability(NamedTuple):
     method: 'lora'.
     family: 'lowrank'.
     formula: Trained numbers, from the docstring; '' where the line is missing.
-    trained: Trained numbers on a model like vit_s.
-    share: The same as a share of the model's parameters.
+    trained: Trained numbers on a model like vit_s; None where that has no site
+      for the method, which needs a table of tokens, say.
+    share: The same as a share of the model's parameters, or None.
     folds: Whether it can be written as plain parameters.
     exact: Whether the adapted model starts as the base, up to rounding.
     calibration: 'no', 'optional' or 'needed': statistics of activations.
@@ -46,8 +48,8 @@ class Capability(NamedTuple):
   method: str
   family: str
   formula: str
-  trained: int
-  share: float
+  trained: int | None
+  share: float | None
   folds: bool
   exact: bool
   calibration: str
@@ -56,9 +58,10 @@ class Capability(NamedTuple):
   def cells(self):
     """The row as text, one entry of COLUMNS each."""
     yes = {True: 'yes', False: 'no', None: '-'}
-    return (f'`{self.family}.{self.method}`', self.family, self.formula,
-            f'{self.trained:,}', f'{100 * self.share:.3g} %', yes[self.folds],
-            yes[self.exact], self.calibration, yes[self.int8])
+    size = ('-', '-') if self.trained is None else (
+        f'{self.trained:,}', f'{100 * self.share:.3g} %')
+    return (f'`{self.family}.{self.method}`', self.family, self.formula, *size,
+            yes[self.folds], yes[self.exact], self.calibration, yes[self.int8])
 
 
 class _Spy:
@@ -91,9 +94,19 @@ def _vit_s():
   return sites_lib.describe(model, x), params
 
 
+def required(name):
+  """{keyword of the factory that has no default: its value in EXAMPLE}."""
+  example = importlib.import_module(f'peftjax.methods.{name}').EXAMPLE
+  known = inspect.signature(method_lib.factory(name)).parameters
+  return {n: example[n] for n, p in known.items() if p.default is p.empty}
+
+
 def _trained(name):
+  """(trained numbers or None, all numbers) on a model like vit_s."""
   sites, params = _vit_s()
-  method = method_lib.load(name)
+  method = method_lib.load(name, **required(name))
+  if not any(map(method.sites, sites.values())):
+    return None, trees.count(params)
   theta = jax.eval_shape(
       lambda p: theta_lib.init(method, jax.random.key(0), sites, p), params)
   trained, _ = theta_lib.partition(method, theta)
@@ -148,7 +161,8 @@ def measure(name):
     int8 = None
   family, _, short = name.partition('.')
   return Capability(
-      short, family, formula(name), trained, trained / total,
+      short, family, formula(name), trained,
+      None if trained is None else trained / total,
       bool(_holds(checks.layer_equals_fold, run)),
       bool(far <= checks.EXACT * np.abs(run.base).max()), _calibration(run),
       int8)

@@ -80,8 +80,9 @@ def arguments(factory):
   lines = []
   for name, p in inspect.signature(factory).parameters.items():
     default = getattr(p.default, '__name__', None) or repr(p.default)
+    default = '' if p.default is p.empty else f'={default}'
     meaning = escape(' '.join(entries.get(name, '').split()))
-    lines.append(f'- `{name}={default}`: {meaning}')
+    lines.append(f'- `{name}{default}`: {meaning}')
   return '\n'.join(_fill(line, '  ') for line in lines)
 
 
@@ -94,10 +95,12 @@ def example(name):
   """A config's `method` with the defaults spelt out."""
   factory = method_lib.factory(name)
   known = inspect.signature(factory).parameters.items()
-  words = {n: p.default for n, p in known
-           if n != 'sites' and p.default not in (None, (), '')}
+  given = capabilities.required(name)
+  words = given | {n: p.default for n, p in known
+                   if n not in ('sites', *given)
+                   and p.default not in (None, (), '')}
   entries = [f'dict({_keywords(dict(name=name, **words))})']
-  method = method_lib.load(name)
+  method = method_lib.load(name, **given)
   if capabilities.measure(name).int8 is None:  # a base for other methods
     entries.append("dict(name='lowrank.lora', rank=8)")
   if not method.sites(_head()):

@@ -54,6 +54,14 @@ def test_capabilities_are_measured_and_not_believed():
   assert (int8.trained, int8.exact, int8.int8) == (0, False, None)
 
 
+def test_a_keyword_without_a_default_is_shown_as_in_the_example():
+  name = 'selective.trainable_tokens'
+  row = capabilities.measure(name)
+  assert row.trained is None and row.cells()[3:5] == ('-', '-')  # no table
+  assert 'tokens=(2, 0)' in docs.example(name)
+  assert '- `tokens`: Ids' in docs.arguments(method.factory(name))
+
+
 def test_prose_keeps_equations_and_escapes_the_rest():
   doc = '''One line with a * b, d_in, `code_*` and alpha.<leaf>.
 
