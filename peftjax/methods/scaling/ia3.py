@@ -12,19 +12,19 @@ The paper scales keys, values and what an MLP's activation puts out: here the
 outputs of the key and value projections, and the input of the down projection.
 `inputs` says which sites are scaled on the input side; any other kernel among
 `sites` is scaled on the output side. With rotary positions keys are scaled
-before they are rotated, as in Hugging Face PEFT; the other order would not fold.
-A convolution has a factor for every channel, not for every tap. Slices of a
-fused kernel are sites of their own.
+before they are rotated, as in Hugging Face PEFT; the other order would not
+fold. A convolution has a factor for every channel, not for every tap. Slices of
+a fused kernel are sites of their own.
 
 Init: l = 1, exactly the base model. l takes no weight decay, which would pull
-it to 0. The paper starts from factors that were trained on its mixture of tasks.
+it to 0. The paper starts from factors trained on its mixture of tasks.
 
 Count: d_out a kernel, d_in (channels of a convolution) on the input side. That
 is L (d_k + d_v + d_ff) in a decoder, d_k and d_v being the widths of all key
 and value heads together.
 
-PEFT picks other layers in some families (queries and values in OPT), and for
-BERT by the name's end 'output.dense', which takes in the attention's output:
+PEFT picks other layers in some families (queries and keys in OPT), and for BERT
+by the name's end 'output.dense', which takes in the attention's output:
 inputs=('down', 'o') with sites=select(roles=('k', 'v', 'o', 'down')).
 """
 
@@ -80,15 +80,12 @@ def ia3(inputs=('down',), sites=KEYS_VALUES_DOWN):
         raise ValueError(
             f'ia3: {path!r} ({site.kind}) has no kernel of two dimensions: it '
             f'has {sorted(site.params)}; choose linear layers')
-      if not at_input(site):
-        continue
-      grouped = 'Conv' in site.kind and (
-          site.leaves['kernel'].dims[0][0] != site.x.shape[-1])
-      if grouped or site.kind == 'Embed':
-        what = 'takes ids' if site.kind == 'Embed' else 'has groups of channels'
+      if at_input(site) and (site.kind == 'Embed' or 'Conv' in site.kind and (
+          site.leaves['kernel'].dims[0][0] != site.x.shape[-1])):
         raise ValueError(
-            f'ia3: {path!r} ({site.kind}) {what}, so its input cannot be '
-            f'scaled; leave it out of inputs={inputs} to scale its output')
+            f'ia3: {path!r} ({site.kind}) takes ids or has groups of channels: '
+            'its input cannot be scaled; leave it out of '
+            f'inputs={inputs} to scale its output')
 
   def width(site):
     d_in, d_out = site.params['kernel'].shape

@@ -57,8 +57,8 @@ def trainable_tokens(tokens, sites=token_tables):
                        'id, a whole number from 0; the tokenizer gives them')
     if token in tokens[:i]:
       raise ValueError(
-          f'trainable_tokens: tokens[{i}]={token} is tokens[{tokens.index(token)}]'
-          f' again: expected each id once, {tuple(dict.fromkeys(tokens))}')
+          f'trainable_tokens: tokens[{i}]={token} stands there before: '
+          f'expected each id once, {tuple(dict.fromkeys(tokens))}')
   ids = np.array(tokens, np.int32)
 
   def check(found):

@@ -142,7 +142,7 @@ def test_equals_peft():
     put(layer.bias, p['bias'])
   model = peft.get_peft_model(net, peft.LNTuningConfig(
       target_modules=['norm0', 'norm1']))
-  tuned = {n: model.base_model.model.get_submodule(n).ln_tuning_layers['default']
+  tuned = {n: net.get_submodule(n).ln_tuning_layers['default']
            for n in ('norm0', 'norm1')}
   for name, layer in tuned.items():
     np.testing.assert_array_equal(  # the same start
