@@ -90,7 +90,7 @@ def save_adapter(path, methods, theta, sites, params, base=''):
                 json.dumps(meta, indent=1))
   try:
     _check_target(path)
-    _replace(path, {TENSORS: payload, META: text.encode()})
+    replace_folder(path, {TENSORS: payload, META: text.encode()})
   except OSError as e:
     raise ValueError(f'cannot write an adapter to {path!r}: {e}; choose a '
                      'folder that can be written') from e
@@ -198,7 +198,7 @@ def _check_target(path):
                      f'as {os.path.join(path, "adapter")!r}')
 
 
-def _replace(path, files):
+def replace_folder(path, files):
   """Puts a folder of files in place of what is at `path`."""
   parent, name = os.path.split(path)
   os.makedirs(parent, exist_ok=True)
@@ -332,6 +332,35 @@ def _read_theta(path, meta):
     raise ValueError(f'{file} was changed after it was written (its SHA-256 '
                      'does not fit); copy or save the adapter again')
   return _nested(jax.tree.map(jnp.asarray, out), meta['sites'])
+
+
+def start_from(path, methods, theta, sites, params):
+  """Theta of an adapter folder, for training to go on with.
+
+  Args:
+    path: What `save_adapter` wrote, or `python -m peftjax.convert`.
+    methods, theta: What training starts with otherwise.
+    sites, params: As of `load_adapter`.
+
+  Raises:
+    ValueError: an adapter of another base, of other methods, or on other sites.
+  """
+  adapter = load_adapter(path, sites, params)
+  have, want = as_methods(adapter.methods), as_methods(methods)
+  if set(have) != set(want):
+    raise ValueError(f'start={path!r} holds {sorted(have)}, the config trains '
+                     f'{sorted(want)}: expected the same methods')
+  old, new = _flat(adapter.theta), _flat(theta)
+  for name in sorted(set(old) ^ set(new)):
+    where = 'the adapter' if name in old else 'the config'
+    raise ValueError(f'start={path!r}: {name!r} is only in {where}; choose the '
+                     'same sites for each method')
+  for name, value in old.items():
+    if value.shape != new[name].shape:
+      raise ValueError(f'start={path!r}: {name!r} has shape {value.shape}, the '
+                       f'config makes {new[name].shape}')
+  return jax.tree.map(lambda v, like: jnp.asarray(v, like.dtype),
+                      adapter.theta, theta)
 
 
 def check_base(path, meta, sites=None, params=None):

@@ -154,6 +154,7 @@ def config_of(meta, weights=None, data=None, where='the adapter'):
       raise ValueError(f'{where} does not name its {flag}; give --{flag}')
   config = config_lib.defaults()
   config.model.weights, config.model.scan = weights, bool(base.get('scan'))
+  config.model.fused = base.get('fused', 'split')
   config.data.train = 0  # all
   config.data.stream = bool(base.get('stream'))
   config.data.name = data

@@ -16,6 +16,7 @@ from peftjax.method import nearest
 
 DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('cosine', 'linear', 'constant')
+FUSED = ('split', 'whole')
 SPLITS = ('test', 'validation', 'train')
 
 # Keys that change what is written, not what is trained: a run may be continued
@@ -43,7 +44,12 @@ def defaults():
   # weights: what `bases.load` takes: the name of a weight file of the package,
   # a path of one, a folder in Hugging Face's layout or a hub id; name: the
   # module of peftjax.models that they must be of, '': any.
-  c.model = dict(name='', weights='vit_s', scan=False, remat=False)
+  # fused: kernels that hold several projections side by side (GPT-2's qkv) are
+  # 'split' into a site each, or kept 'whole' as adapters of PEFT have them.
+  c.model = dict(name='', weights='vit_s', scan=False, remat=False,
+                 fused='split')
+  # Adapter folder whose theta training starts from; '': what `init` makes.
+  c.start = ''
   # name, path, options: as `data.sources.open_split` takes them. The first so
   # many examples of the splits are used; 0: all. splits: what the set calls
   # them, or parts of them: 'train[:80%]'. stream: examples are read and encoded
@@ -107,6 +113,7 @@ def check(config):
       raise ValueError(f'method entry {m!r}: expected a mapping with a name '
                        "such as dict(name='lowrank.lora', rank=8)")
   for key, choices in (('dtype', DTYPES), ('eval_split', SPLITS),
+                       ('model.fused', FUSED),
                        ('optim.schedule', SCHEDULES),
                        ('data.augment', AUGMENT)):
     value = _get(have, key)

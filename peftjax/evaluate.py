@@ -22,7 +22,7 @@ from peftjax import sharding
 from peftjax.apply import apply
 from peftjax.artifact import load_adapter
 from peftjax.data import pipeline, stream
-from peftjax.sites import describe
+from peftjax.sites import describe, FUSED_RULES
 from peftjax.tasks import classification, images
 
 
@@ -122,7 +122,8 @@ def evaluate_adapter(path, weights=None, data=None, split=None, batch=200):
   case = case_lib.load(config, (split,), meta['base'].get('classes'))
   model, params = case.base.model, case.base.params
   args, kwargs = case.example()
-  sites = describe(model, *args, **kwargs)
+  sites = describe(model, *args, **kwargs,
+                   fused=FUSED_RULES[meta['base'].get('fused', 'split')])
   methods, theta, meta = load_adapter(path, sites, params)
   run = lambda *a: evaluate(
       model, *a, case.arrays[split], batch, task=case.task)

@@ -5,6 +5,7 @@ each layer's path, class, role, parameters and activations. `select` makes the
 predicates that methods take as `sites`.
 """
 
+import numbers
 import re
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax
 from peftjax import trees
 from peftjax import views as views_lib
 from peftjax.folding import own_leaves
-from peftjax.method import nearest, Site
+from peftjax.method import Hook, nearest, Site
 
 ROLES = ('q', 'k', 'v', 'o', 'up', 'gate', 'down', 'norm', 'embed', 'head')
 
@@ -45,6 +46,10 @@ FUSED = (
 )
 
 
+# What config.model.fused may be.
+FUSED_RULES = {'split': FUSED, 'whole': ()}
+
+
 def _role(path, kind, rules):
   if 'Norm' in kind:
     return 'norm'
@@ -73,7 +78,8 @@ def _slices(path, width, fused):
   return out
 
 
-def _site(path, kind, role, leaves, own, x, y, stack, span=None):
+def _site(path, kind, role, leaves, own, x, y, stack, span=None, hooks=None,
+          attributes=None):
   """A site from its views; with a span, the part of a fused kernel."""
   if span:
     path = f'{path}[{span[0]}:{span[1]}]'
@@ -83,7 +89,8 @@ def _site(path, kind, role, leaves, own, x, y, stack, span=None):
   params = {
       n: jax.eval_shape(v.get, jax.ShapeDtypeStruct(v.shape, own[v.leaf].dtype))
       for n, v in leaves.items()}
-  return Site(path, kind, role, params, x, y, stack, leaves)
+  return Site(path, kind, role, params, x, y, stack, leaves, hooks or {},
+              attributes or {})
 
 
 def _stack(path, own, flat, children):
@@ -99,6 +106,16 @@ def _stack(path, own, flat, children):
             'params tree; only leading stacked axes are understood')
       return tuple(full[:n])
   return ()
+
+
+def _hook(module, name, args, kwargs, y):
+  """(name, Hook) of a call of a backbone's own method, or None."""
+  if name.startswith('_') or name == 'setup' or module.scope is None or (
+      type(module).__module__.partition('.')[0] == 'flax'):
+    return None
+  args, _ = views_lib.positional(module, name, args, kwargs)
+  shape = lambda v: views_lib.shapes(v) if hasattr(v, 'shape') else None
+  return name, Hook(*jax.tree.map(shape, (tuple(args), y)))
 
 
 def describe(model, *args, roles=(), fused=FUSED, **kwargs):
@@ -128,12 +145,16 @@ def describe(model, *args, roles=(), fused=FUSED, **kwargs):
   if not isinstance(model, nn.Module):
     return _describe_tree(model, rules)
 
-  seen, clash = {}, {}
+  seen, clash, hooks, numbers_of = {}, {}, {}, {}
 
   def record(f, args_, kwargs_, context):
     y = f(*args_, **kwargs_)
     module = context.module
     if context.method_name != '__call__':
+      found = _hook(module, context.method_name, args_, kwargs_, y)
+      if found:
+        at = '/'.join(module.path)
+        hooks.setdefault(at, {}).setdefault(*found)
       return y
     path = '/'.join(module.path)
     kind = type(module).__name__
@@ -154,6 +175,9 @@ def describe(model, *args, roles=(), fused=FUSED, **kwargs):
     seen[path] = (kind, layout, leaves, views_lib.shapes(own),
                   views_lib.shapes(args_[0]) if args_ else None,
                   views_lib.shapes(y), y)
+    numbers_of[path] = {
+        n: v for n, v in vars(module).items()
+        if n in module.__dataclass_fields__ and isinstance(v, numbers.Number)}
     return y
 
   last = []
@@ -190,7 +214,8 @@ def describe(model, *args, roles=(), fused=FUSED, **kwargs):
         s = _site(path, kind, part, leaves, own, x, y, stack, (start, stop))
         sites[s.path] = s
     else:
-      sites[path] = _site(path, kind, role, leaves, own, x, y, stack)
+      sites[path] = _site(path, kind, role, leaves, own, x, y, stack,
+                          hooks=hooks.get(path), attributes=numbers_of[path])
   return sites
 
 
@@ -340,6 +365,8 @@ def matched(method, sites):
           f'{nearest(value, choices)}')
   if method.check:
     method.check(found)
+  if method.along:
+    found = {p: s for p, s in sites.items() if p in found or method.along(s)}
   return found
 
 

@@ -27,6 +27,7 @@ from absl import logging
 import jax
 from ml_collections import config_flags
 
+from peftjax import artifact
 from peftjax import case as case_lib
 from peftjax import checkpoint
 from peftjax import config as config_lib
@@ -37,11 +38,10 @@ from peftjax import sharding
 from peftjax import step as step_lib
 from peftjax import theta as theta_lib
 from peftjax import trees
-from peftjax.artifact import save_adapter
 from peftjax.data import stream
 from peftjax.evaluate import evaluator
 from peftjax.method import load
-from peftjax.sites import describe
+from peftjax.sites import describe, FUSED_RULES
 from peftjax.version import VERSION
 
 SUMMARY, ADAPTER = 'summary.json', 'adapter'
@@ -115,7 +115,7 @@ def _train(config, workdir, progress, cache, saved, stopped):
   task, model, base = case.task, case.base.model, case.base.params
   fingerprint = case.base.fingerprint
   args, kwargs = case.example()
-  sites = describe(model, *args, **kwargs)
+  sites = describe(model, *args, fused=FUSED_RULES[config.model.fused], **kwargs)
   params_at = sharding.params_sharding(mesh, config.shard_rules, base)
   run = step_lib.Run(
       config, task, model, sharding.put_global(base, params_at), sites, mesh,
@@ -157,6 +157,9 @@ def _train(config, workdir, progress, cache, saved, stopped):
         seconds=0.0, steps=0, compile_seconds=0.0, peak_bytes=0)
     theta = theta_lib.init(
         stages[0].methods, jax.random.fold_in(run.key, 0), sites, base)
+    if config.start:
+      theta = artifact.start_from(
+          config.start, stages[0].methods, theta, sites, base)
     state = step_lib.start(run, stages[0], theta, 0)
     evaluate = evaluate_with(stages[0])
     before = evaluate(state) if config.eval_before else None
@@ -253,9 +256,9 @@ def _train(config, workdir, progress, cache, saved, stopped):
         devices=[f'{len(mesh.devices.flat)} x '
                  f'{mesh.devices.flat[0].device_kind}'])
     if chief:
-      save_adapter(adapter, stages[-1].methods, theta, sites, base, base=dict(
+      artifact.save_adapter(adapter, stages[-1].methods, theta, sites, base, base=dict(
           weights=config.model.weights, classes=case.classes,
-          scan=config.model.scan, data=config.data.name,
+          scan=config.model.scan, fused=config.model.fused, data=config.data.name,
           path=config.data.path, stream=config.data.stream,
           options=said['data']['options'],
           splits=said['data']['splits'], split=config.eval_split,

@@ -31,7 +31,7 @@ from peftjax.folding import fold, must_fold
 from peftjax.interop import families, huggingface
 from peftjax.method import as_methods
 from peftjax.models.weights import save_weights
-from peftjax.sites import describe
+from peftjax.sites import describe, FUSED_RULES
 
 BATCH = 64
 
@@ -62,7 +62,8 @@ def fold_adapter(adapter_dir, out, weights=None):
   _check_out(out, weights)
   base, (args, kwargs), inputs = _base(adapter_dir, meta, weights)
   model, params = base.model, base.params
-  sites = describe(model, *args, **kwargs)
+  sites = describe(model, *args, **kwargs,
+                   fused=FUSED_RULES[said.get('fused', 'split')])
   check_base(adapter_dir, meta, sites, params)
 
   @jax.jit

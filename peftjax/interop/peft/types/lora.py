@@ -1,0 +1,203 @@
+"""LORA: LoRA, rsLoRA and DoRA; PiSSA and OLoRA against the original base.
+
+  ours                       PEFT
+  a [d_in, r]                lora_A.weight [r, d_in]; of a convolution [r, c, kh,
+                             kw]; of a table lora_embedding_A [r, V]
+  b [r, d_out]               lora_B.weight [d_out, r], [d_out, r, 1, 1];
+                             lora_embedding_B [d, r]
+  m [d_out]                  lora_magnitude_vector [d_out]; [1, d_out, 1, 1]
+  scale s                    lora_alpha / r, or / sqrt(r)
+
+Slices of a fused kernel become one adapter whose rank is the sum of theirs.
+K + s (A B - A0 B0) is the LoRA [A, A0], [B; -B0] of twice the rank, on K as it
+was before PiSSA or OLoRA. A table that also decodes (tied) is adapted in both
+places, as it is here.
+"""
+
+import math
+
+import numpy as np
+
+from peftjax.interop.peft.part import array, at, commonest, matched, one, Part
+from peftjax.interop.peft.part import plain, sites_of
+from peftjax.method import nearest
+
+METHODS = ('lowrank.lora', 'lowrank.dora', 'lowrank.pissa', 'lowrank.olora')
+SUFFIXES = ('lora_A.weight', 'lora_B.weight', 'lora_embedding_A',
+            'lora_embedding_B', 'lora_magnitude_vector')
+CONFIG = dict(r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False,
+              use_dora=False, fan_in_fan_out=False, rank_pattern={},
+              alpha_pattern={}, init_lora_weights=True)
+# Starts that leave the base as it is: nothing of them is needed any more.
+_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva', 'kasa')
+# Starts that PEFT makes again from the base when it loads the adapter.
+_REMADE = {'pissa': 'lowrank.pissa', 'olora': 'lowrank.olora'}
+
+
+def write(part, names, sites):
+  """See `peftjax.interop.peft`."""
+  given = part.settings
+  root = math.sqrt if given['scaling'] == 'rslora' else float
+  alpha_of = lambda path: at(given['alpha_pattern'], path, given['alpha'])
+  groups = {}
+  for path, t in part.theta.items():
+    if len(sites[path].params['kernel'].shape) != 2:
+      raise ValueError(
+          f'{path!r}: a kernel of {list(sites[path].params["kernel"].shape)} '
+          'has no matrix form (a grouped convolution); PEFT\'s differs')
+    module, span = names.module(path)
+    a, b = t['a'], t['b']
+    scale = alpha_of(path) / root(a.shape[1])
+    if 'a0' in t:
+      a = np.concatenate([a, t['a0']], 1)
+      b = np.concatenate([b, -np.asarray(t['b0'])], 0)
+    groups.setdefault(module, []).append((path, span, scale, a, b, t.get('m')))
+  modules, ranks, alphas = {}, {}, {}
+  for module, found in groups.items():
+    scale = one({path: s for path, _, s, *_ in found},
+                f'the scale within {module.name}')
+    a, b, m = _joined(module, found, sites)
+    modules[module.name] = _tensors(module, a, b, m)
+    names_here = [module.name]
+    decoder = names.tied(module.path) if module.kind == 'embedding' else None
+    if decoder:
+      if m is not None:
+        raise ValueError(f'{module.path!r} is tied to {decoder}: DoRA of a '
+                         'tied table has no counterpart in PEFT')
+      modules[decoder] = {'lora_A.weight': array(b), 'lora_B.weight': array(a)}
+      names_here.append(decoder)
+    for name in names_here:
+      ranks[name] = a.shape[1]
+      alphas[name] = _alpha(found, alpha_of, scale, root, a.shape[1])
+  r, alpha = commonest(ranks.values()), commonest(alphas.values())
+  config = dict(
+      r=r, lora_alpha=plain(alpha), lora_dropout=given['dropout'],
+      use_rslora=given['scaling'] == 'rslora',
+      use_dora=part.spec['name'] == 'lowrank.dora',
+      fan_in_fan_out=any(m.kind == 'conv1d' for m in groups),
+      rank_pattern={n: v for n, v in ranks.items() if v != r},
+      alpha_pattern={n: plain(v) for n, v in alphas.items() if v != alpha},
+      init_lora_weights=True)
+  return config, modules
+
+
+def _alpha(found, alpha_of, scale, root, rank):
+  """The alpha that gives `scale` at `rank`; as it was given where it can be."""
+  alpha = alpha_of(found[0][0])
+  return alpha if alpha / root(rank) == scale else scale * root(rank)
+
+
+def _joined(module, found, sites):
+  """(a [d_in, r], b [r, d_out], m or None) of one module from its slices."""
+  path, span, _, a, b, m = found[0]
+  if len(found) == 1 and span is None:
+    return a, b, m
+  width = sites[path].leaves['kernel'].full[1]
+  a = np.concatenate([f[3] for f in found], 1)
+  b = np.zeros((a.shape[1], width), np.asarray(found[0][4]).dtype)
+  row, covered = 0, 0
+  for _, span, _, _, part, _ in found:
+    b[row:row + len(part), slice(*span)] = part
+    row, covered = row + len(part), covered + span[1] - span[0]
+  if m is None:
+    return a, b, None
+  if covered != width:
+    raise ValueError(
+        f'{module.name}: DoRA has a magnitude for every output in PEFT, and '
+        f'only {covered} of {width} are adapted; adapt all slices of '
+        f'{module.path!r}, or describe it whole (config.model.fused="whole")')
+  magnitude = np.zeros(width, np.asarray(m).dtype)
+  for _, span, _, _, _, m in found:
+    magnitude[slice(*span)] = m
+  return a, b, magnitude
+
+
+def _tensors(module, a, b, m):
+  a, b = np.asarray(a).T, np.asarray(b).T
+  if module.kind == 'embedding':
+    out = dict(lora_embedding_A=a, lora_embedding_B=b)
+  elif module.kind == 'conv':
+    a, b, m = _convolution(module, a, b, m)
+    out = {'lora_A.weight': a, 'lora_B.weight': b}
+  else:
+    out = {'lora_A.weight': a, 'lora_B.weight': b}
+  if m is not None:
+    out['lora_magnitude_vector'] = m
+  return {k: array(v) for k, v in out.items()}
+
+
+def _convolution(module, a, b, m):
+  kernel = module.shape  # [kh, kw, c_in, c_out]
+  a = a.reshape(len(a), kernel[2], kernel[0], kernel[1])
+  return a, b[..., None, None], None if m is None else (
+      np.asarray(m)[None, :, None, None])
+
+
+def read(config, modules, names, sites):
+  """See `peftjax.interop.peft`."""
+  start = config['init_lora_weights']
+  if start not in _STARTS and start not in _REMADE:
+    raise ValueError(
+        f'init_lora_weights is {start!r}: this start changed the base by its '
+        'data, and the adapter alone does not say how; save it from PEFT with '
+        'path_initial_model_for_weight_conversion, which writes a plain LoRA'
+        f'{nearest(str(start), [*map(str, _STARTS), *_REMADE])}')
+  dora = config['use_dora']
+  if dora and start in _REMADE:
+    raise ValueError(f'use_dora with init_lora_weights={start!r}: DoRA on a '
+                     'base without its first components is not a method here')
+  ties = {names.tied(m.path): m.name for m in (
+      names.path(n) for n in modules) if m.kind == 'embedding'}
+  theta, ranks, alphas = {}, {}, {}
+  for name, t in modules.items():
+    module = names.path(name)
+    if name in ties:
+      continue  # what its table's adapter says again
+    want = ('lora_embedding_A', 'lora_embedding_B') if (
+        module.kind == 'embedding') else ('lora_A.weight', 'lora_B.weight')
+    want += ('lora_magnitude_vector',) if dora else ()
+    if set(t) != set(want):
+      raise ValueError(f'{name}: expected the tensors {sorted(want)}, found '
+                       f'{sorted(t)}')
+    a, b = (t[k].reshape(len(t[k]), -1).T for k in want[:2])
+    rank = matched(config['rank_pattern'], name, config['r'])
+    if a.shape[1] != rank or b.shape[0] != rank:
+      raise ValueError(
+          f'{name}: {want[0]} {list(t[want[0]].shape)} and {want[1]} '
+          f'{list(t[want[1]].shape)} are not of the rank {rank} that the '
+          'config says')
+    _check_tie(names.tied(module.path) if module.kind == 'embedding' else None,
+               name, a, b, modules)
+    theta[module.path] = dict(a=array(a), b=array(b))
+    if dora:
+      theta[module.path]['m'] = array(t['lora_magnitude_vector'].reshape(-1))
+    ranks[module.path] = rank
+    alphas[module.path] = matched(
+        config['alpha_pattern'], name, config['lora_alpha'])
+  r, alpha = commonest(ranks.values()), commonest(alphas.values())
+  spec = dict(
+      name='lowrank.dora' if dora else _REMADE.get(start, 'lowrank.lora'),
+      rank=r, alpha=float(alpha),
+      scaling='rslora' if config['use_rslora'] else 'lora',
+      dropout=config['lora_dropout'], sites=sites_of(theta))
+  for key, values, most in (('rank_pattern', ranks, r),
+                            ('alpha_pattern', alphas, alpha)):
+    odd = {v: [p for p in values if values[p] == v]
+           for v in values.values() if v != most}
+    if odd:
+      spec[key] = [[sites_of(paths)['path'], v] for v, paths in odd.items()]
+  return Part(spec, theta)
+
+
+def _check_tie(decoder, table, a, b, modules):
+  """Raises unless a tied table and its decoder have the same adapter."""
+  if decoder is None:
+    return
+  t = modules.get(decoder)
+  if t is None or not (np.array_equal(t.get('lora_A.weight'), b)
+                       and np.array_equal(t.get('lora_B.weight'), a)):
+    raise ValueError(
+        f'{table} is the table that {decoder} decodes with; here both change '
+        f'together, in this adapter {decoder} '
+        + ('has none' if t is None else 'has another')
+        + ': merge it in PEFT and load the merged model')
