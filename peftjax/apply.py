@@ -40,8 +40,8 @@ def graft(methods, params, theta):
       base, span = views_lib.split_path(path)
       at = f'{base}/' if base else ''
       if m.drops:  # the layer may have nothing else
-        dropped.add(base)
-      if base not in dropped and not any(p.startswith(at) for p in flat):
+        dropped.add(f'{base}/')
+      if not any(p.startswith(at) for p in (*flat, *dropped)):
         parents = {p.rpartition('/')[0] for p in flat}
         raise ValueError(
             f'{name}: the params tree has no {base!r}{nearest(base, parents)}')

@@ -39,6 +39,7 @@ class Site(NamedTuple):
   stack: tuple[int, ...] = ()  # axes added by nn.scan
   leaves: Mapping[str, Any] = {}  # method's name of a leaf -> View
   hooks: Mapping[str, Any] = {}  # hook method -> Hook, as the model calls it
+  attributes: Mapping[str, Any] = {}  # those of the layer that are numbers
 
 
 class Hook(NamedTuple):

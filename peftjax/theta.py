@@ -50,12 +50,14 @@ def init(methods, key, sites, params, stats=None):
           f'inner method changes: put {name} first')
     touched |= mine
   whole = _gather(params)
+  reads = {n: m.reads(sites) if m.reads else {} for n, m in named.items()}
 
   def make(key, params, stats):
     flat, theta = trees.flatten(params), {}
     for i, (name, m) in enumerate(named.items()):
       root = jax.random.fold_in(key, i)
       theta[name] = {}
+      more = whole({n: flat[leaf] for n, leaf in reads[name].items()})
       common = m.shared(jax.random.fold_in(root, 0), chosen[name])
       if common:
         theta[name][SHARED] = common
@@ -64,9 +66,9 @@ def init(methods, key, sites, params, stats=None):
         k = jax.random.fold_in(root, zlib.crc32(path.encode()))
         k = jax.random.split(k, site.stack) if site.stack else k
 
-        def one(k, own, m=m, site=site, path=path):
+        def one(k, own, m=m, site=site, path=path, more=more):
           p = {n: v.get(own[v.leaf]) for n, v in site.leaves.items()}
-          return m.init(k, site, p, stats.get(path))
+          return m.init(k, site, {**p, **more}, stats.get(path))
 
         own = whole(own_leaves(site, flat))
         t = over_stack(one, site.stack)(k, own)
