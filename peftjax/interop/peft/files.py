@@ -20,6 +20,8 @@ from peftjax.artifact import replace_folder
 from peftjax.method import nearest
 
 CONFIG, TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
+# Whose conventions are written. PEFT changed the Neumann series of OFT in 0.18.
+VERSION = '0.21.0'
 CARD = 'README.md'  # which PEFT writes beside them
 
 # Keys of every kind, which are read where they matter.

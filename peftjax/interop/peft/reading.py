@@ -51,7 +51,8 @@ def convert_adapter(peft_dir, out, base=None, head='auto', scan=False):
     head = _HEADS.get(config.get('task_type'), 'own')
   classes = _classes(rest) if head in ('classify', 'tag', 'own') else None
   source = open_base(weights, head, classes, scan)
-  if any(source.names.path(n).path.endswith('attn/qkv') for n in modules):
+  if any(source.names.path(n).path.endswith('attn/qkv') for n in modules
+         if n in source.names.modules):
     source = open_base(weights, head, classes, scan, fused='whole')
     fused = 'whole'
   else:
@@ -232,6 +233,7 @@ def build(parts, source):
               'base')
   if lacking:  # data that the method makes from the base
     made = make(source.base.params)
-    theta = {n: {p: {**made[n].get(p, {}), **t} for p, t in by_path.items()}
+    theta = {n: {p: {**made[n].get(p, {}), **by_path.get(p, {})}
+                 for p in {**made[n], **by_path}}
              for n, by_path in theta.items()}
   return methods, jax.tree.map(np.asarray, theta)

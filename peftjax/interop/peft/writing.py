@@ -65,6 +65,7 @@ def convert(parts, source, base=None):
   prompt = not hasattr(module, 'SUFFIXES') or not module.SUFFIXES
   config = dict(
       own, peft_type=kind, inference_mode=True, revision=None,
+      peft_version=files.VERSION,
       base_model_name_or_path=str(base or source.weights),
       task_type=_task(names))
   tensors, saved, biases = {}, {}, {}
@@ -183,8 +184,11 @@ def _modules_to_save(saved, biases, config, source, adapted):
   for name, module in names.modules.items():
     parts = names.written(name).split('.')
     heads = ['.'.join(parts[:i + 1]) for i in range(len(parts))]
-    if not any(h.endswith(w) for h in heads for w in wanted):
+    hit = [w for w in wanted if any(h.endswith(w) for h in heads)]
+    if not hit:
       continue
+    if hit[0] not in entries:
+      entries.append(hit[0])
     if name in adapted:
       raise ValueError(f'{name} is adapted, and PEFT saves it whole as a '
                        'classifier; leave the head out of the sites')

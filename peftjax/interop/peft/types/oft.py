@@ -11,6 +11,8 @@ than one pixel is refused: PEFT rotates patches of the image and adds them up
 again where they overlap, which is not what it merges.
 """
 
+import re
+
 import numpy as np
 
 from peftjax.interop.peft.part import array, one, Part, sites_of
@@ -62,9 +64,21 @@ def block(n):
   return int((1 + (1 + 8 * n) ** 0.5) / 2 + 1e-9)
 
 
+def _number(version):
+  """(0, 18) of '0.18.2.dev0'."""
+  found = re.match(r'(\d+)\.(\d+)', version)
+  return tuple(map(int, found.groups())) if found else (0, 0)
+
+
 def read(config, modules, names, sites):
   """See `peftjax.interop.peft`."""
   theta, sizes = {}, {}
+  version = str(config.get('peft_version') or '0').partition('@')[0]
+  if config['use_cayley_neumann'] and _number(version) < (0, 18):
+    raise ValueError(
+        f'an OFT of PEFT {version if version != "0" else "before 0.18"} with '
+        'use_cayley_neumann: its series was another; train it again with PEFT '
+        '0.18 or newer')
   exact = not config['use_cayley_neumann']
   for name, t in modules.items():
     module = names.path(name)

@@ -1,0 +1,190 @@
+"""The wrong conventions that are easy to take, each shown to be wrong."""
+
+import json
+
+import jax
+import numpy as np
+import peftjax
+from peftjax.artifact import save_adapter
+from peftjax.interop.peft import reading
+from peftjax.interop.peft import source as source_lib
+import pytest
+import safetensors.numpy
+
+torch = pytest.importorskip('torch')
+peft = pytest.importorskip('peft')
+
+
+def files(folder):
+  return (json.loads((folder / 'adapter_config.json').read_text()),
+          safetensors.numpy.load_file(folder / 'adapter_model.safetensors'))
+
+
+def rewrite(folder, config=None, tensors=None):
+  old, values = files(folder)
+  (folder / 'adapter_config.json').write_text(json.dumps(config or old))
+  safetensors.numpy.save_file(
+      values if tensors is None else tensors,
+      folder / 'adapter_model.safetensors', {'format': 'pt'})
+
+
+def output(kit, source, methods, theta):
+  return np.asarray(kit.our_output(source, methods, source.base.params, theta))
+
+
+def far(kit, family, model, tmp_path):
+  """Largest difference of the imported adapter from PEFT's model."""
+  source, methods, theta = kit.imported(family, model, tmp_path)
+  want = kit.torch_output(model, family.name).detach().numpy()
+  return np.abs(output(kit, source, methods, theta) - want).max(), (
+      source, methods, theta, want)
+
+
+def test_square_kernels_are_transposed(family, kit, tmp_path):
+  # query is 16 x 16: no shape tells A^T from A.
+  fam = family('bert')
+  model = kit.adapted(fam, peft.LoraConfig(r=16, target_modules=['query']), 1, .3)
+  near, (source, methods, theta, want) = far(kit, fam, model, tmp_path)
+  assert near < 1e-5
+  wrong = {'lora': {p: dict(a=t['a'].T, b=t['b'].T)
+                    for p, t in theta['lora'].items()}}
+  wrong = {**theta, **wrong}
+  assert np.abs(output(kit, source, methods, wrong) - want).max() > 1e-3
+
+
+def test_exact_and_neumann_turn_opposite_ways(family, kit, tmp_path):
+  fam = family('vit')
+  for i, neumann in enumerate((False, True)):
+    model = kit.adapted(fam, peft.OFTConfig(
+        oft_block_size=4, target_modules=['q_proj', 'fc1'],
+        use_cayley_neumann=neumann), 1, 0.1)
+    (tmp_path / str(i)).mkdir()
+    near, (source, methods, theta, want) = far(
+        kit, fam, model, tmp_path / str(i))
+    assert near < 1e-5
+    wrong = {'oft': {p: dict(q=-t['q']) for p, t in theta['oft'].items()}}
+    assert np.abs(output(kit, source, methods, wrong) - want).max() > 1e-3
+
+
+def test_coft_radius_is_shared_out_over_the_blocks(family, kit, tmp_path):
+  fam = family('bert')
+  model = kit.adapted(fam, peft.OFTConfig(
+      oft_block_size=4, target_modules=['query'], coft=True, eps=0.05), 1, 0.3)
+  kit.torch_output(model, 'bert')  # PEFT projects when it runs
+  source, methods, theta = kit.imported(fam, model, tmp_path)
+  assert methods[0].spec['eps'] == 0.05
+  projected = methods[0].after_step(theta['coft'])
+  for path, t in theta['coft'].items():  # on the sphere already: nothing moves
+    np.testing.assert_allclose(projected[path]['q'], t['q'], rtol=1e-5)
+    norms = np.sqrt(2 * (np.asarray(t['q']) ** 2).sum(-1))
+    np.testing.assert_allclose(norms, 0.05 / np.sqrt(len(norms)), rtol=1e-4)
+
+
+def test_boft_with_factors_is_not_what_peft_without_its_extension_has(
+    family, kit, tmp_path):
+  fam = family('bert')
+  source = source_lib.open_base(fam.folder)
+  methods = (peftjax.load('orthogonal.boft', block_size=4, factors=2,
+                          sites=dict(path='query')),)
+  theta = peftjax.init(methods, jax.random.key(0), source.sites,
+                       source.base.params)
+  save_adapter(tmp_path / 'a', methods, theta, source.sites, source.base.params,
+               base=dict(weights=fam.folder, head='classify'))
+  kit.export_adapter(tmp_path / 'a', tmp_path / 'b')
+  config, tensors = files(tmp_path / 'b')
+  assert config['boft_n_butterfly_factor'] == 2
+  r = [v for n, v in tensors.items() if n.endswith('boft_R')]
+  assert all(v.shape == (2, 4, 4, 4) for v in r)
+  if not torch.cuda.is_available():  # it says so, and loads nothing
+    with pytest.raises(RuntimeError, match='size mismatch'):
+      kit.reopened(fam, tmp_path / 'b')
+
+
+def test_dora_norms_run_over_the_inputs(family, kit, tmp_path):
+  fam = family('bert')
+  model = kit.adapted(fam, peft.LoraConfig(
+      r=2, use_dora=True, target_modules=['query']), 1, 0.3)
+  near, (source, methods, theta, want) = far(kit, fam, model, tmp_path)
+  assert near < 1e-5
+  p, t = next(iter(theta['dora'].items()))
+  kernel = np.asarray(source.flat[f'{p}/kernel'])
+  kernel = kernel + 8 / 2 * np.asarray(t['a']) @ np.asarray(t['b'])
+  folded = peftjax.fold(methods, source.base.params, theta, source.sites)
+  got = np.asarray(peftjax.trees.flatten(folded)[f'{p}/kernel'])
+  np.testing.assert_allclose(np.linalg.norm(got, axis=0), np.abs(t['m']),
+                             rtol=1e-5)
+  wrong = kernel * np.asarray(t['m'])[:, None] / np.linalg.norm(
+      kernel, axis=1, keepdims=True)
+  assert np.abs(wrong - got).max() > 1e-2
+
+
+def test_slices_of_a_fused_kernel_become_one_adapter(family, kit, tmp_path):
+  fam = family('gpt2')
+  source = source_lib.open_base(fam.folder)
+  methods = (peftjax.load('lowrank.lora', rank=2, alpha=6., sites=dict(
+      roles='qv')),)
+  theta = peftjax.init(methods, jax.random.key(0), source.sites,
+                       source.base.params)
+  keys = iter(jax.random.split(jax.random.key(1), 99))
+  theta = jax.tree.map(
+      lambda v: v + 0.3 * jax.random.normal(next(keys), v.shape), theta)
+  save_adapter(tmp_path / 'a', methods, theta, source.sites, source.base.params,
+               base=dict(weights=fam.folder, head='lm'))
+  kit.export_adapter(tmp_path / 'a', tmp_path / 'b')
+  config, tensors = files(tmp_path / 'b')
+  assert config['r'] == 4 and config['lora_alpha'] == 12
+  b = tensors['base_model.model.transformer.h.0.attn.c_attn.lora_B.weight']
+  assert b.shape == (48, 4) and not b[16:32].any()
+  there = kit.torch_output(kit.reopened(fam, tmp_path / 'b'), 'gpt2')
+  np.testing.assert_allclose(
+      kit.real('gpt2', output(kit, source, methods, theta)),
+      kit.real('gpt2', there.detach().numpy()), atol=1e-5)
+
+
+def test_a_tied_table_is_adapted_where_it_decodes_too(family, kit, tmp_path):
+  fam = family('gpt2')
+  source = source_lib.open_base(fam.folder)
+  methods = (peftjax.load('lowrank.lora', rank=2, sites=dict(path='tokens$')),)
+  theta = peftjax.init(methods, jax.random.key(0), source.sites,
+                       source.base.params)
+  theta = jax.tree.map(
+      lambda v: v + 0.3 * jax.random.normal(jax.random.key(1), v.shape), theta)
+  save_adapter(tmp_path / 'a', methods, theta, source.sites, source.base.params,
+               base=dict(weights=fam.folder, head='lm'))
+  kit.export_adapter(tmp_path / 'a', tmp_path / 'b')
+  there = kit.torch_output(kit.reopened(fam, tmp_path / 'b'), 'gpt2')
+  np.testing.assert_allclose(
+      kit.real('gpt2', output(kit, source, methods, theta)),
+      kit.real('gpt2', there.detach().numpy()), atol=1e-5)
+  # Without the decoder's half PEFT would compute another function.
+  config, tensors = files(tmp_path / 'b')
+  half = {n: v for n, v in tensors.items() if 'lm_head' not in n}
+  rewrite(tmp_path / 'b', dict(config, target_modules=['wte']), half)
+  with pytest.raises(ValueError, match='lm_head'):
+    reading.convert_adapter(tmp_path / 'b', tmp_path / 'c', fam.folder)
+  assert not (tmp_path / 'c').exists()
+
+
+def test_names_of_both_generations_of_transformers(family, kit, tmp_path):
+  fam = family('vit')
+  model = kit.adapted(fam, peft.LoraConfig(target_modules=['q_proj', 'fc1']))
+  source, methods, theta = kit.imported(fam, model, tmp_path)
+  kit.export_adapter(tmp_path / 'ours', tmp_path / 'old', transformers=4)
+  _, tensors = files(tmp_path / 'old')
+  assert ('base_model.model.vit.encoder.layer.1.attention.attention.query.'
+          'lora_A.weight') in tensors
+  reading.convert_adapter(tmp_path / 'old', tmp_path / 'back', fam.folder)
+  back = source_lib.open_adapter(tmp_path / 'back')[1].theta
+  for p, t in theta['lora'].items():
+    np.testing.assert_array_equal(t['a'], back['lora'][p]['a'])
+
+
+def test_a_mixture_keeps_its_router(family, kit, tmp_path):
+  fam = family('mixtral')
+  source = source_lib.open_base(fam.folder)
+  assert all('router' not in m.path and 'experts' not in m.path
+             for m in source.names.modules.values())
+  with pytest.raises(ValueError, match='cannot carry a PEFT adapter'):
+    source.names.module('block_0/mlp/experts/up')
+  with pytest.raises(ValueError, match="no counterpart .* did you mean"):
+    source.names.module('block_0/attn/querry')
