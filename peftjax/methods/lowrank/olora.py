@@ -1,4 +1,4 @@
-"""OLoRA: LoRA that starts as a projection of the kernel, one factor orthonormal.
+"""OLoRA: LoRA that starts as a projection of the kernel; one side orthonormal.
 
 Source: "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models" (arXiv
 2406.01775).
