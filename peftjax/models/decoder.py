@@ -11,6 +11,7 @@ Hooks, ordinary methods that `nn.intercept_methods` sees:
                                        may be made to return P more tokens, in
                                        front. Called once: cached steps call
                                        `lookup` instead
+  Decoder.place(positions, spare)      of all tokens; may be made larger
   Attention.attend(q, k, v, mask)      one attention read; more keys and values
                                        may be put in front, and the mask with
                                        them
@@ -205,7 +206,7 @@ class Decoder(nn.Module):
         [jnp.broadcast_to(order, (len(ids), extra)), positions + extra], axis=1)
     mask = front(real, True)
     room = cache if isinstance(cache, int) else 0
-    self._fits(mask.shape[1] + room)
+    positions = self.place(positions, self._spare(mask.shape[1] + room))
     if self.position == 'learned':
       u = u + self.places(positions).astype(u.dtype)
 
@@ -248,6 +249,11 @@ class Decoder(nn.Module):
     """Ids [B, T] -> token vectors [B, T, d], scaled."""
     u = self.tokens(ids).astype(self.dtype)
     return u * jnp.asarray(self.embed_scale, u.dtype)
+
+  def place(self, positions, spare):
+    """Positions [B, T]; methods may move them by up to `spare` (None: any)."""
+    del spare  # Rows of the table that are left over.
+    return positions
 
   def readout(self, h, mask):
     """h [B, T, d], mask [B, T] -> [B, d]: the last real token, or the mean."""
@@ -297,10 +303,14 @@ class Decoder(nn.Module):
                        'generation; give one example a row')
     return jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
 
-  def _fits(self, n):
-    if self.position == 'learned' and n > self.max_positions:
+  def _spare(self, n):
+    """Learned positions that n tokens leave over; None: there is no limit."""
+    if self.position != 'learned':
+      return None
+    if n > self.max_positions:
       raise ValueError(f'{n} tokens, with those of prompts and generation: the '
                        f'model has {self.max_positions} learned positions')
+    return self.max_positions - n
 
   def _check(self):
     choices = dict(head=HEADS, norm=('rms', 'layer'),

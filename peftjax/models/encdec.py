@@ -15,6 +15,8 @@ Hooks, ordinary methods that `nn.intercept_methods` sees:
                                             once: cached steps call `lookup`
   Attention.attend(q, k, v, mask, bias=...) one attention read; more keys and
                                             values may be put in front
+  DistanceBias.reach(keys)                  their positions; more may be put in
+                                            front
   Block.join(u, x, a, which)                residual stream, sub-layer's input
                                             and output
   EncDec.readout(h, mask) -> [B, T, d]      target states that the logits read

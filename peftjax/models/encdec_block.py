@@ -52,11 +52,16 @@ class DistanceBias(nn.Module):
   @nn.compact
   def __call__(self, queries, keys):
     """queries [T], keys [S]: their positions."""
+    keys = self.reach(keys)
     table = self.param('table', nn.initializers.normal(self.width ** -0.5),
                        (self.count, self.heads))
     at = buckets(keys[None, :] - queries[:, None], self.count, self.furthest,
                  self.both)
     return table.astype(jnp.float32)[at].transpose(2, 0, 1)[None]
+
+  def reach(self, keys):
+    """Positions [S] of the keys, from 0; prefixes put theirs in front."""
+    return keys
 
 
 class Attention(nn.Module):
@@ -110,7 +115,7 @@ class Attention(nn.Module):
 
     mask: Booleans that broadcast to [B, H, T, S], True where a query may look.
     bias: [1, H, T, S] of the scores, or None. What is put in front of the keys
-      has none.
+      has one only where `DistanceBias.reach` knows of it.
     """
     return layers.attention(q, k, v, mask, bias, scale=1.)
 

@@ -9,16 +9,21 @@ Post-norm blocks over learned positions. One class, by its attributes:
   ELECTRA       types=2, embed_dim (projected to width where it differs),
                 head_act='gelu', mlm_act='gelu'
 
-Letters: B batch, T tokens, d width, H heads, V vocabulary. The places where a
-fine-tuning method can step in:
+Letters: B batch, T tokens, P tokens that a prompt adds, S keys, d width, H
+heads, V vocabulary. The places where a fine-tuning method can step in:
 
-  Encoder.embed(ids, types) -> u       normalised, before the first block
-  Attention.attend(q, k, v, mask)      one attention read
+  Encoder.embed(ids) -> [B, T, e]      word vectors, before positions, types and
+                                       norm; may be made to return P more, in
+                                       front
+  Encoder.place(at, spare) -> at       positions; may be made larger
+  Attention.attend(q, k, v, mask)      one attention read; more keys and values
+                                       may be put in front
   Block.join(u, x, a, which)           residual stream, sub-layer in and out
   Encoder.readout(h, mask) -> [B, d]   tokens to one vector a text
 
-Tokens that an interceptor of `embed` puts in front are seen by every query and
-cut off after the last block. No dropout.
+Tokens that a prompt adds are of type 0, at the first positions, and seen by
+every query. 'classify' then reads the first of them, as transformers does under
+Hugging Face PEFT; what all other heads read is without them. No dropout.
 
 Sources: "BERT" (arXiv 1810.04805), "RoBERTa" (arXiv 1907.11692), "DistilBERT"
 (arXiv 1910.01108), "ELECTRA" (arXiv 2003.10555), "MiniLM" (arXiv 2002.10957).
@@ -235,11 +240,15 @@ class Encoder(nn.Module):
     Returns:
       See `head`.
     """
-    h = self.hidden(ids, mask, types)
+    h = self._run(ids, mask, types)
+    if self.head != 'classify':  # That one reads the first token of all.
+      h = h[:, h.shape[1] - ids.shape[1]:]
     if self.head is None:
       return h
     h = h.astype(jnp.float32)
     if self.head in ('pool', 'classify', 'mean'):
+      if mask is not None:
+        mask = layers.for_keys(mask, h.shape[1], True)
       h = self.readout(h, mask)
     if self.head == 'pool':
       return h
@@ -247,34 +256,54 @@ class Encoder(nn.Module):
 
   def hidden(self, ids, mask=None, types=None):
     """Hidden states of the last block, [B, T, d]; arguments as for a call."""
+    h = self._run(ids, mask, types)
+    return h[:, h.shape[1] - ids.shape[1]:]
+
+  def embed(self, ids):
+    """ids [B, T] -> word vectors [B, T, embed_dim]; prompts wrap it."""
+    return self.word_embed(ids)
+
+  def place(self, at, spare):
+    """Positions, [1, T] or [B, T]; methods may move them by up to `spare`."""
+    del spare  # Rows of the table that are left over.
+    return at
+
+  def _run(self, ids, mask, types):
+    """As `hidden`, with the tokens that a prompt adds: [B, P + T, d]."""
+    if ids.ndim != 2:
+      raise ValueError(f'ids of shape {ids.shape}: expected [B, T]')
     for name, x in (('mask', mask), ('types', types)):
       if x is not None and x.shape != ids.shape:
         raise ValueError(f'{name} of shape {x.shape}: expected {ids.shape}')
-    u = self.embed(ids, types)
-    front = u.shape[1] - ids.shape[1]
-    u, _ = layers.run_stack(
-        self.blocks if self.scan else self.block, u, layers.padding_mask(mask),
-        inputs=(nn.broadcast,))
-    return u[:, front:]
-
-  def embed(self, ids, types=None):
-    """ids, types [B, T] -> u [B, T, d], normalised."""
-    if ids.ndim != 2:
-      raise ValueError(f'ids of shape {ids.shape}: expected [B, T]')
-    first = 0 if self.padding is None else self.padding + 1
-    if ids.shape[1] > self.positions - first:
-      raise ValueError(f'{ids.shape[1]} tokens: expected at most '
-                       f'{self.positions - first}')
     if types is not None and not self.types:
       raise ValueError('types given, but the model has none (types=0)')
+    u, _ = layers.run_stack(
+        self.blocks if self.scan else self.block,
+        self._located(self.embed(ids), ids, types), layers.padding_mask(mask),
+        inputs=(nn.broadcast,))
+    return u
+
+  def _located(self, u, ids, types):
+    """Word vectors [B, P + T, e] -> input of the first block [B, P + T, d]."""
+    n = u.shape[1]
+    extra = n - ids.shape[1]
+    first = 0 if self.padding is None else self.padding + 1
+    spare = self.positions - first - n
+    if spare < 0:
+      prompt = f', {extra} of them of a prompt' if extra else ''
+      raise ValueError(f'{n} tokens{prompt}: expected at most '
+                       f'{self.positions - first}')
     if self.padding is None:
-      at = jnp.arange(ids.shape[1])[None]
+      at = self.place(jnp.arange(n)[None], spare)
+    elif extra:  # As transformers: it sees vectors, and cannot tell padding.
+      at = self.place(jnp.arange(1, n + 1)[None], spare) + self.padding
     else:
       real = (ids != self.padding).astype(jnp.int32)
-      at = jnp.cumsum(real, axis=1) * real + self.padding
-    u = self.word_embed(ids) + self.position_embed(at)
+      at = self.place(jnp.cumsum(real, axis=1), spare) * real + self.padding
+    u = u + self.position_embed(at)
     if self.types:
-      u += self.type_embed(jnp.zeros_like(ids) if types is None else types)
+      kind = jnp.zeros_like(ids) if types is None else types
+      u += self.type_embed(layers.for_keys(kind, n, 0))
     u = self.embed_norm(u)
     width = self.embed_dim or self.width
     return u if width == self.width else self.embed_project(u)

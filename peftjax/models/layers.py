@@ -49,7 +49,8 @@ def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
       may look; None: everywhere.
     bias: Added to the scores, [..., S] as mask; None: nothing. Where mask or
       bias know fewer than S keys, a method has put the others in front: every
-      query may look at these, with no bias.
+      query may look at these, with no bias. Where they know more, those in
+      front belong to other layers.
     scale: Factor of the scores; None: 1 / sqrt(h).
     softcap: c in c tanh(scores / c), before bias and mask; None: no cap.
 
@@ -74,10 +75,12 @@ def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
 
 
 def for_keys(x, keys, value):
-  """x [..., n] with `value` in front of the n: [..., keys]."""
+  """x [..., n] with `value` in front of the n, or cut there: [..., keys]."""
   new = keys - x.shape[-1]
   if not new:
     return x
+  if new < 0:  # Of a layer without the keys that others have in front.
+    return x[..., -new:]
   return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(new, 0)], constant_values=value)
 
 
