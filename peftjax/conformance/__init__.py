@@ -5,6 +5,8 @@
 
 runs them all and prints a table. A method is run in four forms of one small
 model that knows nothing of this library: plain, scanned, rematerialised, both.
+Methods on hooks need a backbone that calls them: a small decoder, or a vision
+transformer where that has no site for them.
 """
 
 import functools

@@ -24,6 +24,7 @@ from peftjax import sites as sites_lib
 from peftjax import theta as theta_lib
 from peftjax import trees
 from peftjax.apply import apply
+from peftjax.models import decoder
 from peftjax.models import vit
 
 FORMS = ('plain', 'scan', 'remat', 'scan_remat')
@@ -83,34 +84,44 @@ class Tiny(nn.Module):
     return nn.Dense(3, dtype=self.dtype, name='head')(x.mean(1))
 
 
-def model_for(hooks, scan, remat):
-  """(model, images, labels); a backbone with hook methods where asked."""
+def model_for(kind, scan, remat):
+  """(model, inputs, labels).
+
+  kind: 'layers', a model that knows nothing of this library; or a backbone with
+    hook methods, of 'text' or 'images'.
+  """
   rng = np.random.default_rng(0)
   images = rng.normal(size=(BATCH, 4, 4, 3)).astype(np.float32)
   labels = rng.normal(size=(BATCH, 3)).astype(np.float32)
-  if not hooks:
+  if kind == 'layers':
     return Tiny(scan, remat), images[..., :2], labels
+  if kind == 'text':
+    model = decoder.Decoder(
+        vocab=11, width=8, depth=DEPTH, heads=2, kv_heads=1, mlp_dim=16,
+        gated=False, position='learned', max_positions=16, head='classify',
+        classes=3, scan=scan, remat=remat)
+    return model, rng.integers(0, 11, (BATCH, 5)).astype(np.int32), labels
   model = vit.ViT(classes=3, width=8, depth=DEPTH, heads=2, mlp_dim=16, patch=2,
                   scan=scan, remat=remat)
   return model, images, labels
 
 
 @functools.cache
-def base_of(hooks, scan):
+def base_of(kind, scan):
   """(sites, params) of a model; the same numbers, stacked where scanned."""
-  unrolled, x, _ = model_for(hooks, False, False)
+  unrolled, x, _ = model_for(kind, False, False)
   shapes = jax.eval_shape(unrolled.init, jax.random.key(0), x)['params']
   params = _random(shapes)
   if scan:
     params = trees.stack(params)
-  return sites_lib.describe(model_for(hooks, scan, False)[0], x), params
+  return sites_lib.describe(model_for(kind, scan, False)[0], x), params
 
 
 @functools.cache
-def int8_of(hooks, scan):
+def int8_of(kind, scan):
   """(method, theta) of an int8 base."""
   method = method_lib.load('quantised.int8')
-  sites, params = base_of(hooks, scan)
+  sites, params = base_of(kind, scan)
   return method, jit(lambda p: theta_lib.init(
       method, jax.random.key(0), sites, p))(params)
 
@@ -122,7 +133,18 @@ def gradient_of(model):
     out = model.apply({'params': params}, x)
     return error(out, y), out
 
-  return jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+  return jit(differentiated(loss))
+
+
+def differentiated(loss):
+  """`loss(first, x, ...)` with gradients of both; of token ids: {}."""
+  def fn(first, x, *args):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      return jax.value_and_grad(loss, (0, 1), has_aux=True)(first, x, *args)
+    value, grad = jax.value_and_grad(loss, has_aux=True)(first, x, *args)
+    return value, (grad, {})
+
+  return fn
 
 
 def error(out, y):
@@ -196,6 +218,17 @@ def named(name):
   return functools.partial(method_lib.load, name), module.EXAMPLE
 
 
+def kind_for(method):
+  """Which model a method is run on: a hook needs a backbone that calls it."""
+  if method.on == '__call__':
+    return 'layers'
+  try:
+    sites_lib.matched(method, base_of('text', False)[0])
+  except ValueError:
+    return 'images'
+  return 'text'
+
+
 class Subject:
   """One method, or one phase of it, and its runs.
 
@@ -205,6 +238,7 @@ class Subject:
     example: Its small hyper-parameters.
     method: What is tested.
     phase: 0, or which of the method's phases it is.
+    kind: Of the model that it is run on, as in `model_for`.
   """
 
   def __init__(self, make, example, phase=0):
@@ -214,7 +248,7 @@ class Subject:
       self.factory = method_lib.factory(*make.args)
     first = make(**self.example)
     self.method = (first, *(p.method for p in first.phases))[phase]
-    self.hooks = self.method.on != '__call__'
+    self.kind = kind_for(self.method)
     self.first, self.starts = first, [p.start for p in first.phases[:phase]]
     self.run = functools.cache(functools.partial(Run, self))
 
@@ -222,7 +256,7 @@ class Subject:
   def setting(self, scan):
     """(sites, params, theta) of the scanned or the unrolled model."""
     key = jax.random.key(0)
-    sites, params = base_of(self.hooks, scan)
+    sites, params = base_of(self.kind, scan)
     theta = jit(lambda p: theta_lib.init(self.first, key, sites, p))(params)
     for start in self.starts:  # a phase starts from what the last one trained
       t = start(noisy(self.first, theta)[self.first.name], key, sites)
@@ -263,7 +297,7 @@ class Run:
     self.subject, self.form = subject, form
     self.method, self.scan = subject.method, 'scan' in form
     self.model, self.x, self.y = model_for(
-        subject.hooks, self.scan, 'remat' in form)
+        subject.kind, self.scan, 'remat' in form)
     self.sites, self.params, self.start = subject.setting(self.scan)
     self.theta = subject.theta(self.scan)
 
@@ -274,8 +308,7 @@ class Run:
 
   def applied(self, methods):
     """theta -> Value of the adapted model."""
-    fn = jit(jax.value_and_grad(
-        functools.partial(self.loss, methods), (0, 1), has_aux=True))
+    fn = jit(differentiated(functools.partial(self.loss, methods)))
 
     def call(theta):
       trained, frozen = theta_lib.partition(methods, theta)
@@ -378,7 +411,7 @@ class Run:
   @property
   def int8(self):
     """(method, theta) of an int8 base."""
-    return int8_of(self.subject.hooks, self.scan)
+    return int8_of(self.subject.kind, self.scan)
 
   @property
   def devices(self):
