@@ -1,0 +1,1 @@
+"""Methods that put trained vectors before a text, or before keys and values."""
