@@ -72,7 +72,7 @@ class View(NamedTuple):
     if self.n_in is None:
       return value
     if self.span:
-      whole = stored.transpose(self.perm).reshape(self.full)
+      whole = jnp.asarray(stored).transpose(self.perm).reshape(self.full)
       value = whole.at[..., slice(*self.span)].set(value)
     dims = tuple(self.shape[i] for i in self.perm)
     back = tuple(self.perm.index(i) for i in range(len(self.perm)))
