@@ -4,7 +4,7 @@
 
 Reads only recorded results: experiments/quickstart/{main,results}.json,
 experiments/claims/{results,energy}.json, experiments/table/{text,images}.json
-(the results.json of their grids). A table stands between the markers
+(the results.json of their grids) and {text,images}_times.json (of times.py). A table stands between the markers
 <!-- NAME:begin --> and <!-- NAME:end -->; what has no recorded result is left
 as it is.
 """
@@ -72,9 +72,16 @@ def energy(rows):
                           for r in rows])
 
 
-def table(rows):
-  """All methods on many sets."""
-  return report.markdown(pivot.pivot(rows))
+def table(half):
+  """What makes the table of all methods on many sets, with its timed steps."""
+  def make(rows):
+    path = f'experiments/table/{half}_times.json'
+    times = ()
+    if os.path.exists(path):
+      with open(path, encoding='utf-8') as f:
+        times = json.load(f)
+    return report.markdown(pivot.pivot(rows, times))
+  return make
 
 
 def main(argv):
@@ -93,9 +100,9 @@ def main(argv):
       ('experiments/claims/energy.json', (
           ('experiments/claims/README.md', 'energy', energy),)),
       ('experiments/table/text.json', (
-          ('experiments/README.md', 'text', table),)),
+          ('experiments/README.md', 'text', table('text')),)),
       ('experiments/table/images.json', (
-          ('experiments/README.md', 'images', table),))):
+          ('experiments/README.md', 'images', table('images')),))):
     if not os.path.exists(path):
       print(f'{path}: not recorded')
       continue

@@ -38,8 +38,12 @@ def ranks(rows):
   return dict(zip(arms, each.mean(1)))
 
 
-def pivot(rows):
-  """[{column: text}]: mean ± standard deviation over seeds in every cell."""
+def pivot(rows, times=()):
+  """[{column: text}]: mean ± standard deviation over seeds in every cell.
+
+  times: Rows of a grid of times.py, whose s/step stand in the place of the
+    grid's own.
+  """
   arms, tasks, cells = means(rows)
   metric = {r['task']: r['metric'] for r in rows}
   order = ranks(rows)
@@ -55,11 +59,12 @@ def pivot(rows):
       if len(found) > 1:
         line[name] += f' ± {np.std(found, ddof=1):.1f}'
     mine = [r for r in rows if r['arm'] == arm]
+    timed = [r for r in times if r['arm'] == arm] or mine
     line |= {
         'mean rank': f'{order[arm]:.1f}' if arm in order else '',
         'trained': f'{min(r["trained"] for r in mine):,}',
         'stored': f'{min(r["stored"] for r in mine):,}',
-        's/step': f'{np.median([r["step_seconds"] for r in mine]):.2f}',
+        's/step': f'{np.median([r["step_seconds"] for r in timed]):.2f}',
         'peak MiB': f'{max(r["peak_bytes"] for r in mine) / 2**20:.0f}'}
     lines.append(line)
   return lines
