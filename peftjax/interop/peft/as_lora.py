@@ -60,7 +60,11 @@ def export_lora(adapter_dir, out, rank, base=None, head='keep',
 
 def split(source, folded, parts, rank):
   """([Part], dict(residual, sites)) of what folding changed."""
-  whole = [p for p in parts if p.spec['name'] == FULL]
+  # A head stays what it is, trained whole; so do norms.
+  heads = {p for p, s in source.unrolled.items() if s.role == 'head'}
+  whole = [p._replace(theta={k: t for k, t in p.theta.items() if k in heads})
+           for p in parts if p.spec['name'] == FULL]
+  whole = [p for p in whole if p.theta]
   taken = {path for p in whole for path in p.theta}
   lora, biases, norms, sites, lost, total = {}, {}, {}, {}, 0.0, 0.0
   for path, site in source.unrolled.items():

@@ -87,7 +87,7 @@ def probe(name, weights, folder):
   trained, frozen = theta_lib.partition((method,), theta)
   trained = jax.tree.map(
       lambda v: v + 0.05 * jax.random.normal(next(keys), v.shape), trained)
-  theta = theta_lib.combine(trained, frozen)
+  theta = theta_lib.after_step((method,), theta_lib.combine(trained, frozen))
   mine = os.path.join(folder, 'mine')
   save_adapter(mine, (method,), theta, sites, params, base=dict(
       weights=weights, head=source.base.model.head))

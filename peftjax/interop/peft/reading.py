@@ -97,8 +97,9 @@ def parts_of(config, kind, modules, rest, source):
     raise ValueError(f'no tensor of a {config["peft_type"]} adapter among '
                      f'{sorted(rest)[:5]}; expected names that end in '
                      f'{list(kind.SUFFIXES)}')
-  for name in modules if not prompt else ():
-    _check_target(config, name)
+  for name in () if prompt else modules:
+    if name in names.modules:  # a decoder tied to a table follows it
+      _check_target(config, name)
   adapter = kind.read(config, modules, names, sites)
   whole, biases, tokens = {}, {}, {}
   entries = tuple(config.get('modules_to_save') or ())
@@ -199,6 +200,33 @@ def _tokens(config, tokens, names, sites):
   return first._replace(theta={k: v for p in parts for k, v in p.theta.items()})
 
 
+def _stacked(part, names):
+  """A Part for the scanned model: its numbers stacked, its paths renamed."""
+  def rename(value):
+    if isinstance(value, str) and value.startswith('^('):
+      paths = [re.sub(r'(^|(?<=/))block_\d+(?=/)', 'blocks', p)
+               for p in value[2:-2].split('|')]
+      return '^(' + '|'.join(dict.fromkeys(paths)) + ')$'
+    if isinstance(value, dict):
+      return {k: rename(v) for k, v in value.items()}
+    if isinstance(value, list):
+      return [rename(v) for v in value]
+    return value
+
+  shapes = {}
+  for path, t in part.theta.items():
+    key = re.sub(r'(^|(?<=/))block_\d+(?=/)', 'blocks', path)
+    shapes.setdefault(key, set()).add(tuple(sorted(
+        (n, np.shape(v)) for n, v in t.items())))
+  for path, found in shapes.items():
+    if len(found) > 1:
+      raise ValueError(
+          f'{path!r}: the layers differ in {sorted(found)[:2]} and cannot be '
+          'stacked; take the base as it is, without scan')
+  return part._replace(spec=rename(dict(part.spec)),
+                       theta=names.restack(part.theta))
+
+
 def build(parts, source):
   """(methods, theta) of parts, checked against what `init` would make.
 
@@ -206,10 +234,12 @@ def build(parts, source):
     ValueError: sites that are chosen but have no numbers, or numbers of another
       shape.
   """
+  if source.names.scan:
+    parts = [_stacked(p, source.names) for p in parts]
   methods = tuple(load(**p.spec) for p in parts)
   theta = {}
   for name, part in zip(as_methods(methods), parts):
-    theta[name] = source.names.restack(part.theta)
+    theta[name] = dict(part.theta)
     if part.shared:
       theta[name][SHARED] = dict(part.shared)
   make = lambda p: theta_lib.init(methods, jax.random.key(0), source.sites, p)

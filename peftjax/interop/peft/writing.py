@@ -22,6 +22,7 @@ _TASKS = {'classify': 'SEQ_CLS', 'tag': 'TOKEN_CLS', 'lm': 'CAUSAL_LM',
           None: 'FEATURE_EXTRACTION', 'pool': 'FEATURE_EXTRACTION'}
 _CLASSIFIERS = ('classifier', 'score')
 _BIASED = ('LORA', 'OFT', 'BOFT')
+_ALONE = ('TRAINABLE_TOKENS',)  # has no modules_to_save
 
 
 def export_adapter(adapter_dir, out, base=None, head='keep', transformers=5):
@@ -74,7 +75,7 @@ def convert(parts, source, base=None):
     for suffix, value in t.items():
       tensors['.'.join(filter(None, (written, suffix)))] = value
   if not prompt:
-    config['target_modules'] = names.targets(modules)
+    config.setdefault('target_modules', names.targets(modules))
   for part in parts:
     what = part.spec['name']
     if part is main:
@@ -94,7 +95,12 @@ def convert(parts, source, base=None):
   if biases:
     config['bias'] = 'all'
     tensors |= _all_biases(biases, source, modules, names)
-  entries, more = _modules_to_save(saved, biases, config, source, modules)
+  entries, more = (), {}
+  if kind in _ALONE and saved:
+    raise ValueError(f'{FULL} on {sorted(saved)[:3]} beside {kind}: PEFT saves '
+                     'nothing beside it; put the token rows beside a LoRA')
+  if kind not in _ALONE:
+    entries, more = _modules_to_save(saved, biases, config, source, modules)
   if entries:
     config['modules_to_save'] = entries
   start = 'base_model.' if prompt else 'base_model.model.'

@@ -148,7 +148,7 @@ def test_a_tied_table_is_adapted_where_it_decodes_too(family, kit, tmp_path):
   theta = peftjax.init(methods, jax.random.key(0), source.sites,
                        source.base.params)
   theta = jax.tree.map(
-      lambda v: v + 0.3 * jax.random.normal(jax.random.key(1), v.shape), theta)
+      lambda v: v + 0.02 * jax.random.normal(jax.random.key(1), v.shape), theta)
   save_adapter(tmp_path / 'a', methods, theta, source.sites, source.base.params,
                base=dict(weights=fam.folder, head='lm'))
   kit.export_adapter(tmp_path / 'a', tmp_path / 'b')

@@ -48,6 +48,14 @@ def write(part, names, sites):
     q = np.asarray(t['q'])
     modules[module.name] = {'oft_R.weight': array(-q if exact else q)}
   coft = part.spec['name'] == 'orthogonal.coft'
+  for path, t in part.theta.items() if coft else ():
+    norms = np.sqrt(2 * (np.asarray(t['q'], float) ** 2).sum(-1))
+    most = given['eps'] / np.sqrt(len(norms))
+    if norms.max() > most * (1 + 1e-4):
+      raise ValueError(
+          f'{path!r}: a block of norm {norms.max():.3g} outside the radius '
+          f'{most:.3g} of eps={given["eps"]}; PEFT would move it when it runs; '
+          'train on, or project by the method\'s after_step')
   config = dict(
       r=0, oft_block_size=one(sizes, 'the block size'),
       module_dropout=given['block_dropout'], coft=coft,

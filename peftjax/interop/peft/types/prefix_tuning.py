@@ -6,7 +6,8 @@
 
 A prefix that a network makes (project) is written as what it makes, as PEFT
 saves it. In encoder-decoders PEFT's prefix stands in the decoder's
-self-attention alone.
+self-attention alone. Models with sliding windows are refused: there PEFT's prefix
+leaves the window with its position.
 """
 
 import numpy as np
@@ -27,6 +28,11 @@ CONFIG = {
 def _layers(names):
   """Paths of the attentions that PEFT's prefix stands in, in order."""
   model = names.own
+  if any(getattr(model, 'windows', None) or ()):
+    raise ValueError(
+        f'layers that see a window of {max(model.windows)} tokens lose PEFT\'s '
+        'prefix once the text is longer, and keep ours: not the same function; '
+        'take a base without sliding_window')
   if type(model).__module__.endswith('.encdec'):
     depth = model.depth if model.decoder_depth is None else model.decoder_depth
     return [f'decoder/block_{i}/attn' for i in range(depth)]

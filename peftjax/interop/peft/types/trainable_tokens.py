@@ -8,6 +8,8 @@ Beside a LoRA the tensor is token_adapter.trainable_tokens_delta, and
 trainable_token_indices says which rows of which module.
 """
 
+import numpy as np
+
 from peftjax.interop.peft.part import array, Part, sites_of
 
 METHODS = ('selective.trainable_tokens',)
@@ -29,10 +31,15 @@ def _rows(part, names):
 def write(part, names, sites):
   """See `peftjax.interop.peft`."""
   del sites
-  modules = {n: dict(trainable_tokens_delta=v)
-             for n, v in _rows(part, names).items()}
-  return dict(token_indices=list(map(int, part.settings['tokens'])),
-              init_weights=True), modules
+  rows = _rows(part, names)
+  modules = {n: dict(trainable_tokens_delta=v) for n, v in rows.items()}
+  config = dict(token_indices=list(map(int, part.settings['tokens'])),
+                target_modules=names.targets(rows), init_weights=True)
+  for name, v in rows.items():  # PEFT looks for the rows of a tied decoder too
+    decoder = names.tied(names.modules[name].path)
+    if decoder:
+      modules[decoder] = dict(trainable_tokens_delta=v)
+  return config, modules
 
 
 def beside(part, names):
@@ -46,8 +53,16 @@ def beside(part, names):
 def read(config, modules, names, sites):
   """See `peftjax.interop.peft`."""
   tokens = list(config['token_indices'])
-  theta = {}
+  theta, ties = {}, {}
+  for name in modules:
+    if name in names.modules:
+      ties[names.tied(names.modules[name].path)] = name
   for name, t in modules.items():
+    if name in ties:  # PEFT saves the rows of a tied decoder again
+      if not all(np.array_equal(v, modules[ties[name]][k])
+                 for k, v in t.items()):
+        raise ValueError(f'{name} is tied to {ties[name]}, but their rows differ')
+      continue
     module = names.path(name)
     if module.kind != 'embedding':
       raise ValueError(f'{name} is a {module.kind} here and no table')
