@@ -120,6 +120,40 @@ def test_methods_on_hooks_equal_the_edits_written_out(form):
   assert np.abs(got - base).max() > 0.1
 
 
+def test_one_method_on_two_hooks_equals_two_methods():
+  """A site that comes along, a leaf that init reads, shapes of the calls."""
+  def added(f, u, t, ctx):
+    return f(u) + t['s']
+
+  def both(f, x, t, ctx):
+    return (added if ctx.hook == 'join' else scaled)(f, x, t, ctx)
+
+  model = vit.ViT(**ARGS)
+  params = filled(model.init, jax.random.key(0), X)['params']
+  sites = peftjax.describe(model, X)
+  assert sites['block_0'].hooks['join'].inputs[0].shape == (2, 4, 8)
+  assert sites[''].hooks['readout'].output.shape == (2, 8)
+  assert sites[''].attributes['width'] == 8
+  method = peftjax.Method(
+      'both', peftjax.select(path=r'block[^/]*$'),
+      lambda key, site, p, stats: dict(s=p['other']), layer=both,
+      on=('join', 'readout'), along=lambda site: 'readout' in site.hooks,
+      reads=lambda sites: dict(other='patch/bias'))
+  theta = peftjax.init(method, jax.random.key(0), sites, params)
+  assert set(theta['both']) == {'', 'block_0', 'block_1'}
+  t = dict(s=params['patch']['bias'])
+  jax.tree.map(np.testing.assert_array_equal, theta, {
+      'both': dict.fromkeys(theta['both'], t)})
+  two = (hook('a', 'join', added, (8,), r'block[^/]*$'), HOOKS[3])
+  got, _ = peftjax.apply(model, method, params, theta, X)
+  want, _ = peftjax.apply(model, two, params, {
+      'a': dict(block_0=t, block_1=t), 'scaled': {'': t}}, X)
+  np.testing.assert_array_equal(got, want)
+  wrong = method._replace(on=('join', 'read_out'))
+  with pytest.raises(ValueError, match="'' was .* call join or read_out"):
+    peftjax.apply(model, wrong, params, theta, X)
+
+
 # ------------------------------------------------------- reports, randomness
 def report(f, x, t, ctx):
   y = f(x)
