@@ -339,7 +339,7 @@ def _npz(path, split, labels):
     raise ValueError(f'{path}: {y} is {label.dtype}; expected integers')
   train = arrays.get('y_train', label)
   names = tuple(labels) or tuple(
-      str(i) for i in range(int(train.max(initial=-1)) + 1))
+      str(i) for i in range(int(train.max()) + 1 if train.size else 0))
   image = image[..., None] if image.ndim == 3 else image
   return [dict(image=i, label=int(v)) for i, v in zip(image, label)], names
 

@@ -269,6 +269,9 @@ def test_npz(tmp_path):
   assert source.examples[2]['image'][0, 0, 0] == 32
   assert [e['label'] for e in source.examples] == [0, 1, 2]
   assert len(open_file(path, 'train[:50%]').examples) == 3
+  small = {k: v.astype(np.uint8) for k, v in arrays().items()}
+  np.savez(path, **small)  # labels as images are stored
+  assert open_file(path, 'test').labels == ('0', '1', '2')
   np.savez(path, image=np.zeros((2, 4, 4, 3), np.uint8), label=[0, 1])
   assert open_file(path, 'all').examples[1]['image'].shape == (4, 4, 3)
 

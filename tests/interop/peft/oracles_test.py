@@ -89,7 +89,7 @@ def near(a, b, tolerance):
 @pytest.mark.parametrize('name, kind', CASES, ids=map('-'.join, CASES))
 def test_output_gradient_and_files(family, kit, tmp_path, name, kind):
   fam = family(name)
-  model = kit.adapted(fam, config(name, kind))
+  model = kit.adapted(fam, config(name, kind), 1, 0.4 if kind == 'ia3' else 0.1)
   source, methods, theta = kit.imported(fam, model, tmp_path)
   weight = np.random.default_rng(1).normal(
       size=tuple(kit.torch_output(model, name).shape)).astype(np.float32)

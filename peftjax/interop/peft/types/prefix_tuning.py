@@ -6,7 +6,10 @@
 
 A prefix that a network makes (project) is written as what it makes, as PEFT
 saves it. In encoder-decoders PEFT's prefix stands in the decoder's
-self-attention alone. Models with sliding windows are refused: there PEFT's prefix
+self-attention alone, with num_transformer_submodules=2; with 1 its cross-attention
+reads the decoder's own keys, which is refused. It puts the table twice and cuts
+it into fours, so that layer i of L has the prefix 2 i mod L: layers i and i + L/2
+share one where L is even, and every other one is not used. Models with sliding windows are refused: there PEFT's prefix
 leaves the window with its position.
 """
 
@@ -39,6 +42,15 @@ def _layers(names):
   return [f'block_{i}/attn' for i in range(model.depth)]
 
 
+def _submodules(names):
+  return 2 if type(names.own).__module__.endswith('.encdec') else 1
+
+
+def _places(names, depth):
+  """Which prefix of the table each layer has."""
+  return [i * _submodules(names) % depth for i in range(depth)]
+
+
 def write(part, names, sites):
   """See `peftjax.interop.peft`."""
   del sites
@@ -55,22 +67,28 @@ def write(part, names, sites):
         f'else; here they differ in {odd[:4]}: train with sites=dict(path='
         f'{want[0].replace("block_0", "block_.*")!r})')
   method = load(**part.spec)
-  rows = []
-  for path in want:
+  layers = {}
+  for path, at in zip(want, _places(names, len(want))):
     t = method.prepare({**part.shared, **have[path]}, Context(path))
-    rows += [np.asarray(t['k']), np.asarray(t['v'])]
-  table = np.stack(rows, 1)  # [P, 2 L, K, h]
+    new = np.stack([np.asarray(t['k']), np.asarray(t['v'])], 1)
+    if not np.array_equal(layers.setdefault(at, new), new):
+      raise ValueError(
+          f'{path!r} has a prefix of its own; in PEFT it shares one with the '
+          'layer half a decoder below: such a prefix cannot be written')
+  unused = np.zeros_like(layers[0])
+  table = np.concatenate(
+      [layers.get(i, unused) for i in range(len(want))], 1)  # [P, 2 L, K, h]
   p, _, heads, width = table.shape
   config = dict(
       num_virtual_tokens=p, token_dim=heads * width, num_layers=len(want),
-      num_transformer_submodules=1, num_attention_heads=heads,
+      num_transformer_submodules=_submodules(names), num_attention_heads=heads,
       encoder_hidden_size=heads * width, prefix_projection=False)
   return config, {'': {prompt_tuning.TENSOR: array(table.reshape(p, -1))}}
 
 
 def read(config, modules, names, sites):
   """See `peftjax.interop.peft`."""
-  table = prompt_tuning.table(config, modules)
+  table = prompt_tuning.table(config, modules, _submodules(names))
   paths = _layers(names)
   heads, width = sites[paths[0]].hooks['attend'].inputs[1].shape[-2:]
   want = (len(table), 2 * len(paths) * heads * width)
@@ -81,7 +99,7 @@ def read(config, modules, names, sites):
         f'{width}; the adapter is of another base')
   table = table.reshape(len(table), len(paths), 2, heads, width)
   theta = {path: dict(k=array(table[:, i, 0]), v=array(table[:, i, 1]))
-           for i, path in enumerate(paths)}
+           for i, path in zip(_places(names, len(paths)), paths)}
   spec = dict(name='prompts.prefix_tuning', length=len(table),
               sites=sites_of(theta))
   return Part(spec, theta)

@@ -46,17 +46,17 @@ def read(config, modules, names, sites):
   return Part(spec, {'': dict(prompt=array(prompt))})
 
 
-def table(config, modules):
+def table(config, modules, submodules=1):
   """The one tensor that a prompt has, checked against its config."""
   found = modules['']
   if set(found) != {TENSOR}:
     raise ValueError(f'expected the tensor {TENSOR!r}, found {sorted(found)}')
   value, p = found[TENSOR], config['num_virtual_tokens']
-  if config['num_transformer_submodules'] not in (None, 1):
+  have = config['num_transformer_submodules'] or 1
+  if have != submodules:
     raise ValueError(
-        f'num_transformer_submodules={config["num_transformer_submodules"]}: the '
-        'prompt before the decoder\'s tokens has no counterpart here; train with '
-        'num_transformer_submodules=1')
+        f'num_transformer_submodules={have}: only {submodules} has a counterpart '
+        'here; train with that')
   if value.ndim != 2 or len(value) != p:
     raise ValueError(f'{TENSOR} {list(value.shape)}: the config says '
                      f'num_virtual_tokens={p}')
