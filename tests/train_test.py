@@ -487,3 +487,19 @@ def test_config_arguments_that_are_wrong_are_refused(arg, words):
     common.parse_arg(arg)
   with pytest.raises(ValueError, match="no key 'stps'.*'steps'"):
     common.kmnist((common.HEAD,), 1e-2, stps=3)
+
+
+# --------------------------------------------------------- from an adapter on
+def test_training_goes_on_from_an_adapter(tiny_weights, tmp_path):
+  first = train_lib.train(make_config(tiny_weights, 'steps=2'),
+                          tmp_path / 'a', progress=False)
+  config = make_config(tiny_weights, 'steps=2,lr=0')
+  config.start, config.optim.groups.head.lr_abs = first['adapter'], 0.0
+  second = train_lib.train(config, tmp_path / 'b', progress=False)
+  a, b = (peftjax.load_adapter(s['adapter']).theta for s in (first, second))
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert second['before'] == first['after']
+  config.method = (dict(LORA, rank=3), common.HEAD)
+  with pytest.raises(ValueError, match=r"start=.*'lora/.*/a' has shape"):
+    train_lib.train(config, tmp_path / 'c', progress=False)
