@@ -18,6 +18,10 @@ has finished is not run again, a killed one continues from its checkpoint, a
 failed one is reported and does not stop the others. What a cell is judged by is
 its task's metric, `config.task.metric`.
 
+With --record=FILE every finished cell is also kept in that file, a few numbers a
+cell, small enough to commit: another machine takes them from there, as long as
+their configs say the same, and runs what is missing.
+
 Cells of one arm and task differ in learning rate, steps and seed, which are
 arguments of the compiled programs: they are compiled once and found again in
 jax's compilation cache, by default below $PEFTJAX_CACHE or ~/.cache/peftjax.
@@ -40,6 +44,7 @@ from ml_collections import config_flags
 import rich
 from rich import table as rich_table
 
+from peftjax import config as config_lib
 from peftjax import measures
 from peftjax import report
 from peftjax.data import builders
@@ -66,7 +71,67 @@ def _name(*parts):
   return '-'.join(str(p) for p in parts if p != '').replace('/', '_')
 
 
-def run_cell(config, workdir, label, cache=None):
+def changes(config):
+  """{dotted key: value} of what a config (a dict) sets to other than defaults.
+
+  Keys that change no result are left out; so a config that was recorded before
+  a key existed is still the same one.
+  """
+  flat = lambda d, at='': {
+      f'{at}{k}{rest}': v for k, node in d.items() for rest, v in (
+          ((f'.{r}', w) for r, w in flat(node).items())
+          if isinstance(node, dict) and node else (('', node),))}
+  data = os.environ.get('PEFTJAX_DATA')
+  here = lambda v: v.replace(data, '$PEFTJAX_DATA') if (
+      data and isinstance(v, str)) else v  # wherever a machine keeps its data
+  usual = flat(config_lib.to_json(config_lib.defaults()))
+  return {k: here(v) for k, v in flat(json.loads(json.dumps(config))).items()
+          if v != usual.get(k, None) and k not in config_lib.COSMETIC}
+
+
+def shorten(summary):
+  """What --record keeps of a cell's summary."""
+  keys = ('after', 'main', 'trained', 'stored', 'steps_per_second',
+          'peak_bytes', 'compile_seconds')
+  return {'config': changes(summary['config']),
+          **{k: summary[k] for k in keys}}
+
+
+class Record:
+  """The file of --record: {label: shortened summary}, one line each.
+
+  Raises:
+    ValueError: a file that is there and is no such record.
+  """
+
+  def __init__(self, path=None):
+    self.path, self.cells = path, {}
+    if path and os.path.exists(path):
+      with open(path, encoding='utf-8') as f:
+        try:
+          self.cells = json.load(f)
+          assert all('config' in c for c in self.cells.values())
+        except (ValueError, AttributeError, TypeError, AssertionError) as e:
+          raise ValueError(f'{path} is no record of cells: {e!r}') from e
+
+  def find(self, label, config):
+    found = self.cells.get(label)
+    same = found and found['config'] == changes(config_lib.to_json(config))
+    return found if same else None
+
+  def add(self, label, summary):
+    if not self.path or not summary or 'config' not in summary:
+      return
+    if 'versions' in summary:
+      self.cells[label] = shorten(summary)
+    lines = (f'{json.dumps(n)}: {json.dumps(c)}'
+             for n, c in sorted(self.cells.items()))
+    with open(f'{self.path}.part', 'w', encoding='utf-8') as f:
+      f.write('{\n' + ',\n'.join(lines) + '\n}\n')
+    os.replace(f'{self.path}.part', self.path)
+
+
+def run_cell(config, workdir, label, cache=None, record=None):
   """Summary of one cell, run unless it has finished before; None if it fails.
 
   A finished cell keeps its summary, metrics and adapter, but no checkpoints.
@@ -76,7 +141,18 @@ def run_cell(config, workdir, label, cache=None):
     workdir: Folder of the grid.
     label: Its name, the first part of its folder's.
     cache: As for `train`.
+    record: A `Record`, or None.
   """
+  record = record or Record()
+  found = record.find(label, config)
+  if found:
+    return found
+  summary = _run_cell(config, workdir, label, cache)
+  record.add(label, summary)
+  return summary
+
+
+def _run_cell(config, workdir, label, cache):
   text = json.dumps(config.to_dict(), sort_keys=True, default=str)
   code = hashlib.sha256(text.encode()).hexdigest()[:8]
   path = os.path.join(workdir, 'cells', f'{label}-{code}')
@@ -108,7 +184,7 @@ def _rate(config, factor):
   return float(config.optim.lr * factor)
 
 
-def search(grid, arm, task, workdir, say, cache=None):
+def search(grid, arm, task, workdir, say, cache=None, record=None):
   """The learning rate that does best on the validation part, and all scores.
 
   Returns:
@@ -124,7 +200,7 @@ def search(grid, arm, task, workdir, say, cache=None):
         'eval_split': 'validation'})
     say(f'{arm[0]} {task[0]} lr {lr:.3g} (search)')
     summary = run_cell(
-        config, workdir, _name(task[0], arm[0], f'lr{lr:.3g}'), cache)
+        config, workdir, _name(task[0], arm[0], f'lr{lr:.3g}'), cache, record)
     scores[lr] = summary and summary['after'][summary['main']]
     if summary and not math.isnan(scores[lr]):
       # Of equal ones the smallest rate.
@@ -132,8 +208,10 @@ def search(grid, arm, task, workdir, say, cache=None):
   return max(ranks, key=ranks.get, default=None), scores
 
 
-def run(grid, workdir, say=print):
+def run(grid, workdir, say=print, record=None):
   """Runs what is missing of a grid and returns its rows and the failures.
+
+  record: A `Record`, or None.
 
   Returns:
     ([{arm, task, seed, lr, metric, score, ...}], [label of a failed cell]).
@@ -145,7 +223,7 @@ def run(grid, workdir, say=print):
       config = _cell(grid.base, [*task[1].items(), *arm[1].items()])
       lr, scores = float(config.optim.lr), {}
       if grid.search:
-        lr, scores = search(grid, arm, task, workdir, say, cache)
+        lr, scores = search(grid, arm, task, workdir, say, cache, record)
         if lr is None:
           failures.append(_name(task[0], arm[0], 'search'))
           continue
@@ -153,7 +231,7 @@ def run(grid, workdir, say=print):
         label = _name(task[0], arm[0], f's{seed}')
         say(f'{arm[0]} {task[0]} seed {seed} lr {lr:.3g}')
         summary = run_cell(_cell(config, [], **{
-            'optim.lr': lr, 'seed': seed}), workdir, label, cache)
+            'optim.lr': lr, 'seed': seed}), workdir, label, cache, record)
         if summary is None:
           failures.append(label)
           continue
@@ -196,7 +274,7 @@ def main(argv):
   del argv
   grid, workdir = _CONFIG.value, _WORKDIR.value
   keep_compiled()
-  rows, failures = run(grid, workdir)
+  rows, failures = run(grid, workdir, record=Record(_RECORD.value))
   if rows:
     paths = report.write(rows, workdir)
     show(rows)
@@ -209,4 +287,6 @@ if __name__ == '__main__':
   _CONFIG = config_flags.DEFINE_config_file('config', lock_config=False)
   _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results are kept.',
                                  required=True)
+  _RECORD = flags.DEFINE_string(
+      'record', None, 'JSON file of finished cells, read and added to.')
   app.run(main)

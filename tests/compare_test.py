@@ -87,6 +87,28 @@ def test_diverged_rate_is_recorded_and_the_base_is_read_once(
               and 'summary.json' in os.listdir(tmp_path / 'cells' / c)]
 
 
+def test_recorded_cells_are_not_run_again(tiny_weights, tmp_path, monkeypatch):
+  grid = _grid(tiny_weights, ARMS[:1],
+               dict(rates=(1.0, 3.0), fraction=0.5, seed=0))
+  file = tmp_path / 'cells.json'
+  run = lambda place, grid: compare.run(
+      grid, str(tmp_path / place), say=lambda *_: None,
+      record=compare.Record(str(file)))
+  rows, failures = run('a', grid)
+  assert not failures and len(file.read_text().splitlines()) == 2 + 2 + len(rows)
+
+  def no_training(*args, **kwargs):
+    raise RuntimeError('trained')
+  monkeypatch.setattr(compare, 'train', no_training)
+  again, failures = run('b', grid)  # another machine, with the file alone
+  assert not failures and again == rows
+  grid.base.optim.clip = 0.5  # another grid: its cells are not those of the record
+  assert run('c', grid)[1] and not run('c', grid)[0]
+  file.write_text('[1]')
+  with pytest.raises(ValueError, match='no record of cells'):
+    compare.Record(str(file))
+
+
 def test_scores_of_several_tasks_are_told_apart():
   rows = [dict(arm='a', task=t, seed=0, lr=1e-3, metric=m, score=v, trained=10,
                stored=10, step_seconds=0.1, peak_bytes=2**20)

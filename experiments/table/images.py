@@ -2,7 +2,8 @@ r"""The table's image half: every method on vit_s and five sets.
 
   python -m experiments.table.halves --data_dir=DATA --out=runs/halves
   PEFTJAX_DATA=DATA python -m peftjax.compare \
-      --config=experiments/table/images.py --workdir=runs/table_images
+      --config=experiments/table/images.py --workdir=runs/table_images \
+      --record=experiments/table/images_cells.json
 
 800 training images (pets5: 480), 200 to choose a rate by (pets5: 120), at most
 1000 to test on. vit_s
@@ -23,8 +24,9 @@ TASKS = (
     ('kmnist', {'data.name': 'kmnist'}),
     ('omniglot100', {'data.name': 'omniglot100'}),
     ('cifar10', {'data.name': 'data:cifar10'}),
-    ('eurosat', {'data.name': 'file:runs/halves/eurosat.npz'}),
-    ('pets5', {'data.name': 'file:runs/halves/pets5.npz', 'data.train': 480}),
+    ('eurosat', {'data.name': 'file:runs/halves/eurosat.npz', 'data.test': 0}),
+    ('pets5', {'data.name': 'file:runs/halves/pets5.npz', 'data.train': 480,
+               'data.test': 0}),
 )
 
 

@@ -1,15 +1,16 @@
 r"""The table's text half: every method on MiniLM and five sets.
 
   PEFTJAX_DATA=DATA python -m peftjax.compare \
-      --config=experiments/table/text.py --workdir=runs/table_text
+      --config=experiments/table/text.py --workdir=runs/table_text \
+      --record=experiments/table/text_cells.json
 
 all-MiniLM-L6-v2 with a linear head on the mean of its tokens; 1000 training
 examples, at most 500 to choose a rate by, at most 1000 of the test part; 100
-steps of 16. Texts are cut at 12 to 40 tokens: at most a tenth of a set is longer,
-and the run says how many. Every arm tries three rates, a factor 3 apart, for 30 steps;
-the best runs on three seeds. Hardware, wall time and results:
-experiments/README.md. `:runlocal` does two steps a cell on samples, with a tiny
-backbone.
+steps of 16. Texts are cut at 12 to 40 tokens: at most a tenth of a set is
+longer, and the run says how many. Every arm tries three rates, a factor 3
+apart, for 30 steps; the best runs on three seeds. Hardware, wall time and
+results: experiments/README.md. `:runlocal` does two steps a cell on samples,
+with a tiny backbone.
 """
 
 import os
@@ -22,13 +23,15 @@ from experiments.samples.tiny import tiny
 from experiments.table import arms
 
 TASKS = (
-    ('trec6', {'data.name': 'data:trec6', 'task.length': 20}),
+    ('trec6', {'data.name': 'data:trec6', 'task.length': 20, 'data.test': 0}),
     ('cola', {'data.name': 'data:cola', 'task.length': 20,
-              'data.validation': 0}),
+              'data.validation': 0, 'data.test': 0}),
     ('mpqa', {'data.name': 'data:mpqa', 'task.length': 12}),
-    ('cr', {'data.name': 'data:cr', 'task.length': 40, 'data.validation': 0}),
+    ('cr', {'data.name': 'data:cr', 'task.length': 40, 'data.validation': 0,
+            'data.test': 0}),
     ('stsb_open', {'data.name': 'data:stsb_open', 'task.name': 'regress',
-                   'task.length': 40, 'task.metric': 'spearman'}),
+                   'task.length': 40, 'task.metric': 'spearman',
+                   'data.test': 0}),
 )
 _SAMPLES = (
     ('single', {'data.name': f'file:{os.path.join(suites.SAMPLES, "single")}'}),
