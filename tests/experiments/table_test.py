@@ -1,10 +1,15 @@
 """The table of a grid, from rows made by hand; its grids run locally."""
 
+import os
+import pathlib
+
 import pytest
 
 from experiments.table import images
 from experiments.table import pivot
 from experiments.table import text
+from experiments.table import times
+from peftjax import case as case_lib
 from peftjax import compare
 
 
@@ -46,3 +51,33 @@ def test_grids_are_whole(module):
   grid = module.get_config()
   assert len(grid.arms) == 8 and len(grid.tasks) == 5 and len(grid.seeds) == 3
   assert len(grid.search.rates) == 3
+
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_DATA = os.environ.get('PEFTJAX_DATA') or str(_ROOT.parent / 'shared' / 'data')
+
+
+@pytest.mark.skipif(not os.path.exists(os.path.join(_DATA, 'manifest.json')),
+                    reason='needs the data sets of $PEFTJAX_DATA')
+@pytest.mark.parametrize('module', [text, images])
+def test_sets_are_as_large_as_the_grids_ask(module, monkeypatch):
+  # Final cells open the test part hours after the search began.
+  monkeypatch.setenv('PEFTJAX_DATA', _DATA)
+  grid = module.get_config()
+  for name, change in grid.tasks:
+    config = compare._cell(grid.base, change.items())
+    if config.data.name.startswith('file:'):  # what halves.py writes
+      config.data.name = f'data:{name}'
+    for split in ('train', 'validation', 'test'):
+      assert case_lib._open(config.data, split).examples
+
+
+def test_steps_are_timed_by_themselves():
+  grid = times.get_config('images')
+  assert grid.search is None and len(grid.tasks) == 1 and grid.base.steps == 24
+  assert len(grid.arms) == 8
+  with pytest.raises(ValueError, match='expected times.py:text or'):
+    times.get_config('videos')
+  timed = [dict(r, step_seconds=0.125) for r in ROWS if r['arm'] == 'a']
+  a, b = pivot.pivot(ROWS, timed)
+  assert (a['s/step'], b['s/step']) == ('0.12', '0.25')
