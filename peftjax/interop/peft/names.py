@@ -218,6 +218,15 @@ class Names:
           'this table; PEFT would adapt one of the two alone')
     return None
 
+  def table_of(self, decoder):
+    """`Module` of the table that a torch module decodes with, if it is tied."""
+    if decoder in self.modules or decoder != 'lm_head':
+      return None
+    for module in self.modules.values():
+      if module.kind == 'embedding' and self.tied(module.path) == decoder:
+        return module
+    return None
+
   def targets(self, chosen):
     """`target_modules` that match exactly the modules named in `chosen`.
 

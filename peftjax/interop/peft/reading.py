@@ -115,6 +115,10 @@ def parts_of(config, kind, modules, rest, source):
     if table != name:
       tokens[table] = dict(trainable_tokens_delta=value)
       continue
+    table = names.table_of(inner)
+    if table:  # saved again as the decoder of an adapted table
+      _check_copy(name, value, source.flat[f'{table.path}/embedding'])
+      continue
     at = names.path(inner)
     leaf = {theirs: ours for ours, theirs in at.leaves}.get(last)
     if leaf is None:
@@ -123,12 +127,11 @@ def parts_of(config, kind, modules, rest, source):
                        f'{nearest(last, [t for _, t in at.leaves])}')
     have = source.flat[f'{at.path}/{leaf}']
     value = array(names.ours(at, leaf, value, have.shape))
-    saved = any(e.startswith(inner) or _below(inner, e) for e in entries)
-    if saved:
+    if any(_below(inner, e) for e in entries):
       whole.setdefault(at.path, {})[leaf] = value
     elif last == 'bias' and config.get('bias', 'none') != 'none':
       biases[at.path] = {leaf: value}
-    elif module != inner or 'embed' in inner or inner == names.tied(at.path):
+    elif at.kind == 'embedding':  # PEFT saves an adapted table whole
       _check_copy(name, value, have)
     else:
       raise ValueError(

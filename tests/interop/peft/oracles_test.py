@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from peftjax import theta as theta_lib
+from peftjax.artifact import save_adapter
 from peftjax.interop.peft import reading
 from peftjax.interop.peft import source as source_lib
 from peftjax.method import as_methods
@@ -61,6 +62,8 @@ def config(family, kind):
   kernels, norms, scaled, fed = TARGETS[family]
   if family == 'convnext' and kind == 'boft':
     kernels = kernels[:1]
+  if family == 'resnet' and kind == 'boft':  # the stem's 147 inputs are odd
+    kernels = ['layer.0.convolution', 'layer.1.convolution']
   if kind == 'lora':
     return peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=kernels,
@@ -153,19 +156,21 @@ def test_training_goes_the_same_way_and_on(family, kit, tmp_path, name, kind):
   start = kit.real(name, kit.torch_output(model, name).detach().numpy())
   target = start + 0.3 * np.random.default_rng(2).normal(
       size=start.shape).astype(np.float32)
-  out, half = kit.train_ours(fam, source, methods, theta, target, 20)
-  want = kit.train_torch(fam, model, target, 20)
-  assert np.abs(kit.real(name, want) - start).max() > 0.02
+  # BOFT's gradient is shared out over two entries of PEFT's matrix: Adam takes
+  # the same step, but for its epsilon.
+  eps = 1e-7 if kind == 'boft' else 1e-4
+  out, half = kit.train_ours(fam, source, methods, theta, target, 20, eps=eps)
+  want = kit.train_torch(fam, model, target, 20, eps=eps)
+  assert np.abs(kit.real(name, want) - start).max() > 0.005
   near(kit.real(name, out), kit.real(name, want), 1e-3)
 
   # What was trained here goes on there, and the other way round.
-  from peftjax.artifact import save_adapter  # a folder for the exporter
   said = kit.load_adapter(tmp_path / 'ours').meta['base']
   save_adapter(tmp_path / 'trained', methods, half, source.sites,
                source.base.params, base={
                    k: v for k, v in said.items() if k != 'fingerprint'})
   kit.export_adapter(tmp_path / 'trained', tmp_path / 'handed')
-  there = kit.train_torch(fam, kit.reopened(fam, tmp_path / 'handed'), target, 5)
-  (tmp_path / 'x').mkdir()
-  here, _ = kit.train_ours(fam, source, methods, half, target, 5)
+  there = kit.train_torch(fam, kit.reopened(fam, tmp_path / 'handed'), target,
+                          5, eps=eps)
+  here, _ = kit.train_ours(fam, source, methods, half, target, 5, eps=eps)
   near(kit.real(name, here), kit.real(name, there), 1e-3)

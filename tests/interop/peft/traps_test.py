@@ -156,6 +156,15 @@ def test_a_tied_table_is_adapted_where_it_decodes_too(family, kit, tmp_path):
   np.testing.assert_allclose(
       kit.real('gpt2', output(kit, source, methods, theta)),
       kit.real('gpt2', there.detach().numpy()), atol=1e-5)
+  # PEFT saves adapted tables, and their decoders, whole beside the adapter.
+  with pytest.warns(UserWarning, match='save_embedding_layers'):
+    kit.reopened(fam, tmp_path / 'b').save_pretrained(tmp_path / 'whole')
+  assert any(n.endswith('lm_head.base_layer.weight')
+             for n in files(tmp_path / 'whole')[1])
+  reading.convert_adapter(tmp_path / 'whole', tmp_path / 'back', fam.folder)
+  back = source_lib.open_adapter(tmp_path / 'back')[1].theta
+  for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(theta), strict=True):
+    np.testing.assert_array_equal(a, b)
   # Without the decoder's half PEFT would compute another function.
   config, tensors = files(tmp_path / 'b')
   half = {n: v for n, v in tensors.items() if 'lm_head' not in n}

@@ -146,13 +146,12 @@ def read(config, modules, names, sites):
   if dora and start in _REMADE:
     raise ValueError(f'use_dora with init_lora_weights={start!r}: DoRA on a '
                      'base without its first components is not a method here')
-  ties = {names.tied(m.path): m.name for m in (
-      names.path(n) for n in modules) if m.kind == 'embedding'}
+  ties = {n for n in modules if names.table_of(n)}
   theta, ranks, alphas = {}, {}, {}
   for name, t in modules.items():
-    module = names.path(name)
     if name in ties:
       continue  # what its table's adapter says again
+    module = names.path(name)
     want = ('lora_embedding_A', 'lora_embedding_B') if (
         module.kind == 'embedding') else ('lora_A.weight', 'lora_B.weight')
     want += ('lora_magnitude_vector',) if dora else ()

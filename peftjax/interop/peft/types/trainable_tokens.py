@@ -53,15 +53,14 @@ def beside(part, names):
 def read(config, modules, names, sites):
   """See `peftjax.interop.peft`."""
   tokens = list(config['token_indices'])
-  theta, ties = {}, {}
-  for name in modules:
-    if name in names.modules:
-      ties[names.tied(names.modules[name].path)] = name
+  theta = {}
   for name, t in modules.items():
-    if name in ties:  # PEFT saves the rows of a tied decoder again
-      if not all(np.array_equal(v, modules[ties[name]][k])
-                 for k, v in t.items()):
-        raise ValueError(f'{name} is tied to {ties[name]}, but their rows differ')
+    table = names.table_of(name)
+    if table:  # PEFT saves the rows of a tied decoder again
+      rows = modules.get(table.name, {}).get('trainable_tokens_delta')
+      if not np.array_equal(t['trainable_tokens_delta'], rows):
+        raise ValueError(f'{name} decodes with {table.name}, but their rows '
+                         'differ')
       continue
     module = names.path(name)
     if module.kind != 'embedding':
