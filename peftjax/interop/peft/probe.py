@@ -129,6 +129,8 @@ def probe(name, weights, folder):
 
 def _short(error):
   """No, and the beginning of why."""
+  if 'PEFT has none of them' in str(error):
+    return 'no: not in PEFT'
   text = str(error).split(';')[0].split(':')[-1].strip()
   return f'no: {text[:60]}' if len(text) < 61 else 'no'
 

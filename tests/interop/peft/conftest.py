@@ -138,7 +138,10 @@ def inputs(name):
 
 def torch_output(model, name):
   out = model(**inputs(name))
-  return out.logits_per_image if name == 'clip' else out.logits
+  if name == 'clip':
+    return out.logits_per_image
+  # Those of the text: PEFT leaves a prompt's in front.
+  return out.logits[:, -IDS.shape[1]:] if out.logits.ndim == 3 else out.logits
 
 
 def our_output(source, methods, params, theta):

@@ -64,6 +64,25 @@ def test_output_and_files(family, kit, tmp_path, name, kind):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize('name, kind', [
+    ('gpt2', 'prompt'), ('gpt2', 'prefix'), ('llama', 'prefix'),
+    ('llama', 'tokens')])
+def test_training_goes_the_same_way(family, kit, tmp_path, name, kind):
+  fam = family(name)
+  given = config(name, kind) if kind != 'tokens' else (
+      peft.TrainableTokensConfig(target_modules=['embed_tokens'],
+                                 token_indices=[4, 9, 12]))
+  model = kit.adapted(fam, given, scale=0.1)
+  source, methods, theta = kit.imported(fam, model, tmp_path)
+  start = kit.real(name, kit.torch_output(model, name).detach().numpy())
+  target = start + 0.3 * np.random.default_rng(2).normal(
+      size=start.shape).astype(np.float32)
+  here, _ = kit.train_ours(fam, source, methods, theta, target, 20)
+  there = kit.real(name, kit.train_torch(fam, model, target, 20))
+  assert np.abs(there - start).max() > 0.005
+  np.testing.assert_allclose(kit.real(name, here), there, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize('method', [
     dict(name='prompts.p_tuning', length=3, hidden=5),
     dict(name='prompts.prefix_tuning', length=3, project=5, std=0.5)])
