@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 

@@ -3,7 +3,6 @@
 import os
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from peftjax import bases
@@ -91,7 +90,3 @@ def parts_of(adapter: Adapter, names):
     parts.append(Part(dict(method.spec), theta, {
         n: np.asarray(v) for n, v in shared.items()}))
   return parts
-
-
-def host(params):
-  return {p: np.asarray(v, jnp.float32) for p, v in params.items()}

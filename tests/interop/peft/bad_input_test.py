@@ -6,6 +6,7 @@ import pickle
 import jax
 import numpy as np
 import peftjax
+from peftjax import bases
 from peftjax.artifact import save_adapter
 from peftjax.interop.peft import reading
 from peftjax.interop.peft import source as source_lib
@@ -193,11 +194,9 @@ def test_out_that_holds_something_else(family, tmp_path):
 
 
 def test_a_head_of_our_own(family, tmp_path):
-  source = source_lib.open_base(family('bert').folder, head=None)
   folder = family('bert').folder
   methods = (peftjax.load('lowrank.lora', rank=2, sites=dict(roles='q')),
              peftjax.load('selective.full', sites=dict(roles='head')))
-  from peftjax import bases
   base = bases.load(folder, 'mean', 4)
   sites = peftjax.describe(base.model, *source_lib.families.example(
       base.model, base.config))
@@ -211,4 +210,3 @@ def test_a_head_of_our_own(family, tmp_path):
   names = safetensors.numpy.load_file(
       tmp_path / 'out' / 'adapter_model.safetensors')
   assert all('.encoder.layer.' in n and 'bert' not in n for n in names)
-  del source

@@ -167,7 +167,7 @@ def real(name, out):
   return out[MASK]
 
 
-def adapted(family, config, seed=1, scale=0.1, single_factor=True):
+def adapted(family, config, seed=1, scale=0.1):
   """A PEFT model with nothing of its adapter at its start."""
   torch.manual_seed(seed)
   with warnings.catch_warnings():

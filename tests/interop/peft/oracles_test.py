@@ -1,7 +1,6 @@
 """Adapters against PEFT itself: outputs, gradients, training, files."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from peftjax import theta as theta_lib
 from peftjax.artifact import save_adapter
