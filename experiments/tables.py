@@ -4,7 +4,8 @@
 
 Reads only recorded results: experiments/quickstart/{main,results}.json,
 experiments/claims/{results,energy}.json, experiments/table/{text,images}.json
-(the results.json of their grids) and {text,images}_times.json (of times.py). A table stands between the markers
+(the results.json of their grids) and {text,images}_times.json (of times.py). A
+table stands between the markers
 <!-- NAME:begin --> and <!-- NAME:end -->; what has no recorded result is left
 as it is.
 """

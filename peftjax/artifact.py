@@ -31,6 +31,7 @@ from peftjax import method as method_lib
 from peftjax import sites as sites_lib
 from peftjax import theta as theta_lib
 from peftjax import trees
+from peftjax.folding import over_stack
 from peftjax.method import as_methods, nearest, SHARED
 from peftjax.version import VERSION
 
@@ -339,11 +340,13 @@ def start_from(path, methods, theta, sites, params):
 
   Args:
     path: What `save_adapter` wrote, or `python -m peftjax.convert`.
-    methods, theta: What training starts with otherwise.
+    methods, theta: What training starts with otherwise; of theta, shapes.
     sites, params: As of `load_adapter`.
 
   Raises:
-    ValueError: an adapter of another base, of other methods, or on other sites.
+    ValueError: an adapter of another base, of other methods, on other sites, or
+      whose numbers the config's settings (an alpha, a scaling) would use
+      otherwise than the adapter's own.
   """
   adapter = load_adapter(path, sites, params)
   have, want = as_methods(adapter.methods), as_methods(methods)
@@ -359,6 +362,20 @@ def start_from(path, methods, theta, sites, params):
     if value.shape != new[name].shape:
       raise ValueError(f'start={path!r}: {name!r} has shape {value.shape}, the '
                        f'config makes {new[name].shape}')
+  for name, by_path in adapter.theta.items():
+    common = by_path.get(SHARED, {})
+    for at, t in by_path.items():
+      if at == SHARED:
+        continue
+      used = [over_stack(
+          lambda t, m=m: m.prepare({**common, **t}, method_lib.Context(at)),
+          sites[at].stack)(t) for m in (have[name], want[name])]
+      a, b = (jax.tree.leaves(u) for u in used)
+      if len(a) != len(b) or not all(map(np.array_equal, a, b)):
+        raise ValueError(
+            f'start={path!r}: {name} at {at!r} was trained with '
+            f'{have[name].spec}, the config says {want[name].spec}, which makes '
+            'another function of it; use the settings of the adapter')
   return jax.tree.map(lambda v, like: jnp.asarray(v, like.dtype),
                       adapter.theta, theta)
 

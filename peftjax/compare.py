@@ -47,6 +47,7 @@ from rich import table as rich_table
 from peftjax import config as config_lib
 from peftjax import measures
 from peftjax import report
+from peftjax import trees
 from peftjax.data import builders
 from peftjax.train import train
 
@@ -77,16 +78,14 @@ def changes(config):
   Keys that change no result are left out; so a config that was recorded before
   a key existed is still the same one.
   """
-  flat = lambda d, at='': {
-      f'{at}{k}{rest}': v for k, node in d.items() for rest, v in (
-          ((f'.{r}', w) for r, w in flat(node).items())
-          if isinstance(node, dict) and node else (('', node),))}
-  data = os.environ.get('PEFTJAX_DATA')
-  here = lambda v: v.replace(data, '$PEFTJAX_DATA') if (
-      data and isinstance(v, str)) else v  # wherever a machine keeps its data
+  data = os.path.join(os.environ.get('PEFTJAX_DATA') or '', '')
+  here = lambda v: f'$PEFTJAX_DATA/{v[len(data):]}' if (  # on any machine
+      data and isinstance(v, str) and v.startswith(data)) else v
+  flat = lambda d: {
+      k.replace('/', '.'): v for k, v in trees.flatten(d).items()}
   usual = flat(config_lib.to_json(config_lib.defaults()))
   return {k: here(v) for k, v in flat(json.loads(json.dumps(config))).items()
-          if v != usual.get(k, None) and k not in config_lib.COSMETIC}
+          if v != usual.get(k) and k not in config_lib.COSMETIC}
 
 
 def shorten(summary):
@@ -110,8 +109,9 @@ class Record:
       with open(path, encoding='utf-8') as f:
         try:
           self.cells = json.load(f)
-          assert all('config' in c for c in self.cells.values())
-        except (ValueError, AttributeError, TypeError, AssertionError) as e:
+          for cell in self.cells.values():
+            _ = cell['config']
+        except (ValueError, AttributeError, TypeError, KeyError) as e:
           raise ValueError(f'{path} is no record of cells: {e!r}') from e
 
   def find(self, label, config):
@@ -120,10 +120,9 @@ class Record:
     return found if same else None
 
   def add(self, label, summary):
-    if not self.path or not summary or 'config' not in summary:
+    if not self.path or not summary:
       return
-    if 'versions' in summary:
-      self.cells[label] = shorten(summary)
+    self.cells[label] = shorten(summary)
     lines = (f'{json.dumps(n)}: {json.dumps(c)}'
              for n, c in sorted(self.cells.items()))
     with open(f'{self.path}.part', 'w', encoding='utf-8') as f:

@@ -13,10 +13,10 @@ from ml_collections import config_dict
 
 from peftjax import trees
 from peftjax.method import nearest
+from peftjax.sites import FUSED_RULES
 
 DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('cosine', 'linear', 'constant')
-FUSED = ('split', 'whole')
 SPLITS = ('test', 'validation', 'train')
 
 # Keys that change what is written, not what is trained: a run may be continued
@@ -113,7 +113,7 @@ def check(config):
       raise ValueError(f'method entry {m!r}: expected a mapping with a name '
                        "such as dict(name='lowrank.lora', rank=8)")
   for key, choices in (('dtype', DTYPES), ('eval_split', SPLITS),
-                       ('model.fused', FUSED),
+                       ('model.fused', FUSED_RULES),
                        ('optim.schedule', SCHEDULES),
                        ('data.augment', AUGMENT)):
     value = _get(have, key)

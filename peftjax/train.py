@@ -115,7 +115,8 @@ def _train(config, workdir, progress, cache, saved, stopped):
   task, model, base = case.task, case.base.model, case.base.params
   fingerprint = case.base.fingerprint
   args, kwargs = case.example()
-  sites = describe(model, *args, fused=FUSED_RULES[config.model.fused], **kwargs)
+  sites = describe(
+      model, *args, fused=FUSED_RULES[config.model.fused], **kwargs)
   params_at = sharding.params_sharding(mesh, config.shard_rules, base)
   run = step_lib.Run(
       config, task, model, sharding.put_global(base, params_at), sites, mesh,
@@ -155,11 +156,11 @@ def _train(config, workdir, progress, cache, saved, stopped):
   else:
     first, clock = 0, dict(
         seconds=0.0, steps=0, compile_seconds=0.0, peak_bytes=0)
-    theta = theta_lib.init(
-        stages[0].methods, jax.random.fold_in(run.key, 0), sites, base)
-    if config.start:
-      theta = artifact.start_from(
-          config.start, stages[0].methods, theta, sites, base)
+    init = lambda params: theta_lib.init(
+        stages[0].methods, jax.random.fold_in(run.key, 0), sites, params)
+    theta = init(base) if not config.start else artifact.start_from(
+        config.start, stages[0].methods, jax.eval_shape(init, base), sites,
+        base)
     state = step_lib.start(run, stages[0], theta, 0)
     evaluate = evaluate_with(stages[0])
     before = evaluate(state) if config.eval_before else None
@@ -256,10 +257,12 @@ def _train(config, workdir, progress, cache, saved, stopped):
         devices=[f'{len(mesh.devices.flat)} x '
                  f'{mesh.devices.flat[0].device_kind}'])
     if chief:
-      artifact.save_adapter(adapter, stages[-1].methods, theta, sites, base, base=dict(
+      methods = stages[-1].methods
+      artifact.save_adapter(adapter, methods, theta, sites, base, base=dict(
           weights=config.model.weights, classes=case.classes,
-          scan=config.model.scan, fused=config.model.fused, data=config.data.name,
-          path=config.data.path, stream=config.data.stream,
+          scan=config.model.scan, fused=config.model.fused,
+          data=config.data.name, path=config.data.path,
+          stream=config.data.stream,
           options=said['data']['options'],
           splits=said['data']['splits'], split=config.eval_split,
           task=said['task'], head=case.head))

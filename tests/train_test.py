@@ -503,3 +503,6 @@ def test_training_goes_on_from_an_adapter(tiny_weights, tmp_path):
   config.method = (dict(LORA, rank=3), common.HEAD)
   with pytest.raises(ValueError, match=r"start=.*'lora/.*/a' has shape"):
     train_lib.train(config, tmp_path / 'c', progress=False)
+  config.method = (dict(LORA, alpha=4.0), common.HEAD)
+  with pytest.raises(ValueError, match='makes another function of it'):
+    train_lib.train(config, tmp_path / 'd', progress=False)

@@ -1,9 +1,14 @@
 """Adapters of Hugging Face PEFT, both ways, without torch.
 
-  adapters.py   an adapter folder of ours <-> one of PEFT
+  writing.py    an adapter folder of ours -> one of PEFT
+  reading.py    the inverse
+  as_lora.py    any foldable adapter -> the nearest LoRA
+  source.py     what all three start from: a base, its sites, its names
+  part.py       one method's numbers, between the two sides
   files.py      adapter_config.json and adapter_model.safetensors
   names.py      torch modules <-> sites
   types/        one file for each kind of adapter, named as its peft_type
+  probe.py      the measured table of docs/peft.md
 
 A file of types/ holds
 

@@ -9,8 +9,8 @@ that the checkpoint's config names, such as BertForSequenceClassification:
   transformer.h.0.attn.c_attn                 <->  block_0/attn/qkv and its
                                                    parts block_0/attn/qkv[0:64]
 
-Since version 5 of transformers the modules of ViT, DeiT, DINOv2 and Mixtral are
-called otherwise than the tensors in their checkpoints. Both generations are
+Since version 5 of transformers the modules of ViT, DeiT and DINOv2 are called
+otherwise than the tensors in their checkpoints. Both generations are
 read; `transformers=4` writes the older names.
 """
 

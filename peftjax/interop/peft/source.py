@@ -12,7 +12,7 @@ from peftjax.interop import families
 from peftjax.interop.peft.names import Names
 from peftjax.interop.peft.part import Part
 from peftjax.method import as_methods, SHARED
-from peftjax.sites import describe, FUSED
+from peftjax.sites import describe, FUSED_RULES
 
 
 class Source(NamedTuple):
@@ -45,7 +45,7 @@ def open_base(weights, head='own', classes=None, scan=False, fused='split',
         f'{weights!r} is a weight file of this library, whose model no class '
         'of transformers knows; expected a base in Hugging Face\'s layout')
   base = bases.load(weights, head, classes, scan)
-  rules = () if fused == 'whole' else FUSED
+  rules = FUSED_RULES[fused]
   example = lambda m: families.example(m, base.config)
   names = Names(base.model, base.config, keep_head, transformers)
   sites = describe(base.model, *example(base.model), fused=rules)
