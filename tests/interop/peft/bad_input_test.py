@@ -181,6 +181,33 @@ def test_sites_that_peft_cannot_follow(family, tmp_path):
   wont(tmp_path, family('bert').folder, (
       peftjax.load('orthogonal.oft', sites=dict(path='mlp/'))),
        'the block size is 16 at .* and 24 at')
+  wont(tmp_path, family('resnet').folder, peftjax.load(
+      'orthogonal.oft', block_size=4, sites=dict(path='layer_0/conv1$')),
+       r'over \(3, 3\) pixels is not the same function in PEFT')
+
+
+def test_a_series_of_an_older_peft(family, kit, tmp_path):
+  fam = family('llama')
+  model = kit.adapted(fam, peft.OFTConfig(
+      oft_block_size=4, target_modules=['q_proj']))
+  model.save_pretrained(tmp_path / 'x')
+  file = tmp_path / 'x' / 'adapter_config.json'
+  said = dict(json.loads(file.read_text()), peft_version='0.17.1')
+  file.write_text(json.dumps(said))
+  refuses(tmp_path / 'x', tmp_path, fam.folder, 'an OFT of PEFT 0.17.1')
+
+
+def test_coft_outside_of_its_radius(family, tmp_path):
+  source = source_lib.open_base(family('llama').folder)
+  methods = (peftjax.load('orthogonal.coft', block_size=4, eps=0.01),)
+  theta = peftjax.init(methods, jax.random.key(0), source.sites,
+                       source.base.params)
+  theta = jax.tree.map(lambda v: v + 0.1, theta)
+  save_adapter(tmp_path / 'a', methods, theta, source.sites, source.base.params,
+               base=dict(weights=family('llama').folder, head='lm'))
+  with pytest.raises(ValueError, match='outside the radius'):
+    writing.export_adapter(tmp_path / 'a', tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
 
 
 def test_out_that_holds_something_else(family, tmp_path):
