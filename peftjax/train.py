@@ -71,6 +71,89 @@ def versions():
               **{p: importlib.metadata.version(p) for p in packages})
 
 
+# ------------------------------------------------------- before and after it
+def prepare(config, cache=None):
+  """Mesh, methods, data and base of a config that was checked.
+
+  Args:
+    config, cache: As of `train`.
+
+  Returns:
+    (`step.Run`, list of `phases.Stage`, `case.Case`).
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(mesh, config.batch)
+  stages = phases.schedule(
+      tuple(load(**dict(m)) for m in config.method), config.steps)
+  # A folder is read straight into its shards. Several processes read it whole:
+  # the fingerprint, theta's start and the adapter need arrays of one process.
+  case = case_lib.load(
+      config, ('train', config.eval_split), cache=cache,
+      mesh=mesh if jax.process_count() == 1 else None)
+  base = case.base.params
+  args, kwargs = case.example()
+  sites = describe(case.base.model, *args,
+                   fused=FUSED_RULES[config.model.fused], **kwargs)
+  params_at = sharding.params_sharding(mesh, config.shard_rules, base)
+  run = step_lib.Run(
+      config, case.task, case.base.model, sharding.put_global(base, params_at),
+      sites, mesh, params_at, jax.random.key(config.seed))
+  return run, stages, case
+
+
+def first_theta(run, stage, base):
+  """Theta of the first stage, as it is before the first step."""
+  init = lambda params: theta_lib.init(
+      stage.methods, jax.random.fold_in(run.key, 0), run.sites, params)
+  start = run.config.start
+  return init(base) if not start else artifact.start_from(
+      start, stage.methods, jax.eval_shape(init, base), run.sites, base)
+
+
+def conclude(workdir, run, stage, case, state, clock, **found):
+  """Writes adapter and summary of a finished run.
+
+  Args:
+    workdir: Folder of the run.
+    run, stage, case: The run, its last stage, its case.
+    state: The last state.
+    clock: dict(seconds, steps, compile_seconds, peak_bytes).
+    **found: What else the summary says: 'before', 'after'.
+
+  Returns:
+    The summary.
+  """
+  config, mesh, base = run.config, run.mesh, case.base.params
+  said = config_lib.to_json(config)
+  theta = step_lib.best(state)
+  trained, _ = theta_lib.partition(stage.methods, theta)
+  adapter = os.path.join(workdir, ADAPTER)
+  summary = dict(
+      found, main=case.task.main, trained=trees.count(trained),
+      stored=trees.count(theta), base=trees.count(base),
+      steps=int(state['step']),
+      steps_per_second=clock['steps'] / clock['seconds']
+      if clock['steps'] else None,
+      compile_seconds=clock['compile_seconds'],
+      peak_bytes=clock['peak_bytes'], fingerprint=case.base.fingerprint,
+      adapter=adapter, config=said, versions=versions(),
+      devices=[f'{len(mesh.devices.flat)} x '
+               f'{mesh.devices.flat[0].device_kind}'])
+  if jax.process_index() == 0:
+    artifact.save_adapter(
+        adapter, stage.methods, theta, run.sites, base, base=dict(
+            weights=config.model.weights, classes=case.classes,
+            scan=config.model.scan, fused=config.model.fused,
+          param_dtype=config.model.param_dtype,
+            data=config.data.name, path=config.data.path,
+            stream=config.data.stream,
+            options=said['data']['options'],
+            splits=said['data']['splits'], split=config.eval_split,
+            task=said['task'], head=case.head))
+    write_json(os.path.join(workdir, SUMMARY), summary)
+  return summary
+
+
 # ----------------------------------------------------------------------- train
 def train(config, workdir, progress=True, cache=None):
   """Trains theta as a config says, or goes on with it.
@@ -102,25 +185,9 @@ def train(config, workdir, progress=True, cache=None):
 
 
 def _train(config, workdir, progress, cache, saved, stopped):
-  # --------------------------------------------- mesh, methods, data, base
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(mesh, config.batch)
-  stages = phases.schedule(
-      tuple(load(**dict(m)) for m in config.method), config.steps)
-  # A folder is read straight into its shards. Several processes read it whole:
-  # the fingerprint, theta's start and the adapter need arrays of one process.
-  case = case_lib.load(
-      config, ('train', config.eval_split), cache=cache,
-      mesh=mesh if jax.process_count() == 1 else None)
-  task, model, base = case.task, case.base.model, case.base.params
-  fingerprint = case.base.fingerprint
-  args, kwargs = case.example()
-  sites = describe(
-      model, *args, fused=FUSED_RULES[config.model.fused], **kwargs)
-  params_at = sharding.params_sharding(mesh, config.shard_rules, base)
-  run = step_lib.Run(
-      config, task, model, sharding.put_global(base, params_at), sites, mesh,
-      params_at, jax.random.key(config.seed))
+  run, stages, case = prepare(config, cache)
+  task, model, mesh, sites = run.task, run.model, run.mesh, run.sites
+  base, fingerprint = case.base.params, case.base.fingerprint
 
   # ---------------------------------------------------------------------- data
   row, held_out = case.sample('train'), case.arrays[config.eval_split]
@@ -156,12 +223,8 @@ def _train(config, workdir, progress, cache, saved, stopped):
   else:
     first, clock = 0, dict(
         seconds=0.0, steps=0, compile_seconds=0.0, peak_bytes=0)
-    init = lambda params: theta_lib.init(
-        stages[0].methods, jax.random.fold_in(run.key, 0), sites, params)
-    theta = init(base) if not config.start else artifact.start_from(
-        config.start, stages[0].methods, jax.eval_shape(init, base), sites,
-        base)
-    state = step_lib.start(run, stages[0], theta, 0)
+    state = step_lib.start(
+        run, stages[0], first_theta(run, stages[0], base), 0)
     evaluate = evaluate_with(stages[0])
     before = evaluate(state) if config.eval_before else None
   step = int(state['step'])
@@ -242,34 +305,11 @@ def _train(config, workdir, progress, cache, saved, stopped):
     # ------------------------------------------------------------------- finish
     after = evaluate(state, write=True)
     write(step, _named(config.eval_split, after))
-    theta = step_lib.best(state)
-    trained, _ = theta_lib.partition(stages[-1].methods, theta)
-    adapter = os.path.join(workdir, ADAPTER)
-    summary = dict(
-        before=before, after=after, main=task.main,
-        trained=trees.count(trained),
-        stored=trees.count(theta), base=trees.count(base), steps=step,
-        steps_per_second=clock['steps'] / clock['seconds']
-        if clock['steps'] else None,
-        compile_seconds=clock['compile_seconds'],
-        peak_bytes=clock['peak_bytes'], fingerprint=fingerprint,
-        adapter=adapter, config=said, versions=versions(),
-        devices=[f'{len(mesh.devices.flat)} x '
-                 f'{mesh.devices.flat[0].device_kind}'])
-    if chief:
-      methods = stages[-1].methods
-      artifact.save_adapter(adapter, methods, theta, sites, base, base=dict(
-          weights=config.model.weights, classes=case.classes,
-          scan=config.model.scan, fused=config.model.fused,
-          data=config.data.name, path=config.data.path,
-          stream=config.data.stream,
-          options=said['data']['options'],
-          splits=said['data']['splits'], split=config.eval_split,
-          task=said['task'], head=case.head))
-      _write_json(os.path.join(workdir, SUMMARY), summary)
+    summary = conclude(workdir, run, stages[-1], case, state, clock,
+                       before=before, after=after)
     say(f'{config.eval_split} {_said(task, before)} before, '
         f'{_said(task, after)} after; {summary["trained"]} of '
-        f'{summary["base"]} trained; adapter in {adapter}')
+        f'{summary["base"]} trained; adapter in {summary["adapter"]}')
     return summary
 
 
@@ -296,7 +336,7 @@ def _finished(workdir, done):
   return None
 
 
-def _write_json(path, value):
+def write_json(path, value):
   with open(f'{path}.part', 'w', encoding='utf-8') as f:
     json.dump(value, f, indent=1)
     f.write('\n')
