@@ -223,7 +223,7 @@ def test_shards_together_are_the_whole():
                                 shard_count=3), 10) for i in range(3)]
   for batch, *parts in zip(whole, *shards):
     assert [len(p) for p in parts] == [2, 2, 2]
-    assert sorted(batch) == sorted(sum(parts, []))
+    assert batch == sum(parts, [])
 
 
 @pytest.mark.parametrize('n, size', [(10, 4), (8, 4), (3, 4)])

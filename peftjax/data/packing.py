@@ -154,7 +154,8 @@ def bucket_iterator(arrays, batch_size, seed, lengths, shard_index=0,
   Returns:
     A grain iterator over dicts of numpy arrays [batch_size / shard_count,
     length, ...] with get_state() and set_state(state); all shards get the same
-    length at the same step.
+    length at the same step, and their parts, one after the other, are the batch
+    of a single one.
   """
   sizes = _both_sizes(arrays)
   pipeline.check_batch(len(sizes), batch_size, seed, shard_index, shard_count)
@@ -165,7 +166,7 @@ def bucket_iterator(arrays, batch_size, seed, lengths, shard_index=0,
   place = np.searchsorted(lengths, sizes)
   members = [np.flatnonzero(place == b) for b in range(len(lengths))]
   counts = np.array([len(m) for m in members])
-  tokens = arrays['mask'].shape[1]
+  tokens, part = arrays['mask'].shape[1], batch_size // shard_count
 
   def batches_until(epoch):
     """How many batches each bucket has given before that epoch."""
@@ -193,7 +194,7 @@ def bucket_iterator(arrays, batch_size, seed, lengths, shard_index=0,
     turn = step - int(before.sum())
     bucket = turns[turn]
     first = (before[bucket] + (turns[:turn] == bucket).sum()) * batch_size
-    places = np.arange(first + shard_index, first + batch_size, shard_count)
+    places = first + shard_index * part + np.arange(part)
     epochs, within = np.divmod(places, counts[bucket])
     rows = np.array([order(int(bucket), int(e))[i]
                      for e, i in zip(epochs, within)])

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.data.builders import prepared
+from peftjax.data.examples import Examples
 
 
 def load_split(name, split, size=32):
@@ -68,8 +69,8 @@ def check_labels(label, classes):
 def train_iterator(arrays, batch_size, seed, shard_index=0, shard_count=1):
   """Endless shuffled batches, reshuffled every epoch.
 
-  Every epoch holds every example once; a batch may span two epochs. With
-  shards, the batches of all shards together are those of a single one.
+  Every epoch holds every example once; a batch may span two epochs. The parts
+  of all shards, one after the other, are the batch of a single one.
 
   Args:
     arrays: dict of arrays with the same leading axis N, such as `load_split`
@@ -86,7 +87,8 @@ def train_iterator(arrays, batch_size, seed, shard_index=0, shard_count=1):
   n = _size(arrays)
   check_batch(n, batch_size, seed, shard_index, shard_count)
   order = forever(grain.MapDataset.range(n).shuffle(seed=seed))
-  order = order[shard_index::shard_count].batch(batch_size // shard_count)
+  order = part(order, batch_size, shard_index, shard_count).batch(
+      batch_size // shard_count)
   gather = lambda rows: {k: a[rows] for k, a in arrays.items()}
   # No threads: a batch is one gather from memory.
   return iter(order.map(gather).to_iter_dataset(
@@ -100,6 +102,25 @@ def forever(dataset):
   round up to a length that Python cannot hold.
   """
   return dataset.repeat(max(1, 2 ** 50 // len(dataset)))
+
+
+def part(dataset, batch_size, shard_index, shard_count):
+  """A shard's rows of every batch of a grain MapDataset.
+
+  They are neighbours, as the rows are that one process's devices hold: a
+  batch has the same order however many processes read it.
+  """
+  if shard_count == 1:
+    return dataset
+  rows = batch_size // shard_count
+  first = shard_index * rows
+
+  def get(i):
+    batch, row = divmod(i, rows)
+    return dataset[batch * batch_size + first + row]
+
+  return grain.MapDataset.source(
+      Examples(len(dataset) // batch_size * rows, get))
 
 
 def check_batch(n, batch_size, seed, shard_index, shard_count):

@@ -78,8 +78,8 @@ def stream(examples, encode=None, *, batch_size, seed, augment=None,
            shard_index=0, shard_count=1, threads=2, ahead=4):
   """Endless shuffled batches, reshuffled every epoch.
 
-  Every epoch holds every example once; a batch may span two epochs. With
-  shards, row i of shard s is row i * shard_count + s of the whole batch.
+  Every epoch holds every example once; a batch may span two epochs. The parts
+  of all shards, one after the other, are the batch of a single one.
 
   Args:
     examples: random access, len() and [i], from any thread: all that is read
@@ -109,7 +109,7 @@ def stream(examples, encode=None, *, batch_size, seed, augment=None,
   if augment is not None:
     # Before the shards are told apart: the generator is that of the place.
     order = order.random_map(augment, seed=seed)
-  order = order[shard_index::shard_count].batch(
+  order = pipeline.part(order, batch_size, shard_index, shard_count).batch(
       batch_size // shard_count, batch_fn=list)
   return iter(order.map(_encoder(encode)).to_iter_dataset(grain.ReadOptions(
       num_threads=threads, prefetch_buffer_size=ahead)))
