@@ -160,7 +160,9 @@ def make_step(run, stage):
     finite = jnp.isfinite(loss) & jnp.all(jnp.array(
         [jnp.isfinite(v).all() for v in jax.tree.leaves(trained)]))
     bad = jnp.where((state['bad'] < 0) & ~finite, step, state['bad'])
-    new = jax.tree.map(lambda n, o: jnp.where(bad < 0, n, o), new, state)
+    # What no step changes passes through: in a bank it has no members' axis.
+    new = jax.tree.map(
+        lambda n, o: n if n is o else jnp.where(bad < 0, n, o), new, state)
     new |= dict(step=step + 1, bad=bad)
     return new, dict(
         run.task.watch(out, batch), loss=loss, bad=bad,
