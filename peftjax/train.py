@@ -288,9 +288,9 @@ def _train(config, workdir, progress, cache, saved, stopped):
         clock['steps'] = step
         if evaluate_now and step < config.steps:
           now = evaluate(state)
-          write(step, _named(config.eval_split, now))
+          write(step, named(config.eval_split, now))
           say(f'step {step}/{config.steps} {config.eval_split} '
-              + _said(task, now))
+              + described(task, now))
         if save_now:
           checkpoint.save(saved, step, state, dict(
               config=said, base=fingerprint, stage=index, before=before,
@@ -304,21 +304,21 @@ def _train(config, workdir, progress, cache, saved, stopped):
 
     # ------------------------------------------------------------------- finish
     after = evaluate(state, write=True)
-    write(step, _named(config.eval_split, after))
+    write(step, named(config.eval_split, after))
     summary = conclude(workdir, run, stages[-1], case, state, clock,
                        before=before, after=after)
-    say(f'{config.eval_split} {_said(task, before)} before, '
-        f'{_said(task, after)} after; {summary["trained"]} of '
+    say(f'{config.eval_split} {described(task, before)} before, '
+        f'{described(task, after)} after; {summary["trained"]} of '
         f'{summary["base"]} trained; adapter in {summary["adapter"]}')
     return summary
 
 
-def _named(split, found):
+def named(split, found):
   """{'test/accuracy': ...} of metrics, without the number of examples."""
   return {f'{split}/{k}': v for k, v in found.items() if k != 'n'}
 
 
-def _said(task, found):
+def described(task, found):
   """'accuracy 0.9000', or of the loss where the metric is not measured."""
   if found is None:
     return 'not measured'
