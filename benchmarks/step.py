@@ -1,124 +1,372 @@
-"""Training step of every method against full fine-tuning, in one process.
+"""A training step of every method: time, FLOPs, memory, traffic.
 
-  python -m benchmarks.step [--methods=lowrank.lora,scaling.ssf] [--pairs=20]
+  python -m benchmarks.step --model=encoder --out=benchmarks/step_encoder.json
+  python -m benchmarks.step --model=decoder --methods=lora,oft --torch=false
 
-One AdamW step of `vit_s`'s architecture (random weights, a new head on top) on
-random images. Steps are interleaved with full fine-tuning's, so that a busy
-machine slows both; the ratio is the median over pairs. FLOPs and bytes are of
-the compiled step and do not depend on the machine's load. `--folded` adds the
-arm that folds the whole tree first, which shows what the factored form saves.
+The step is the one that `peftjax.train` runs: forward, backward, AdamW, checks
+for what is not finite. Each arm's step is timed beside one of full fine-tuning
+in this process, and beside one of the same method in Hugging Face PEFT on torch
+in a process of its own (torch_worker.py), which has the same weights, batch,
+optimiser and threads and is idle meanwhile. A ratio is the median over pairs,
+below 1 where the arm is faster; the quartiles say how noisy it was. Both sides'
+logits must agree before anything is timed.
+
+FLOPs, bytes and traffic are read from the compiled step (peftjax/program.py)
+and do not depend on the machine's load: `gflop` is of matrix products, `bound`
+what no step on a frozen base can do without (see `bound`), `weight_shaped` the
+bytes of arrays of a kernel's shape that a step computes, `all_reduce` what 8
+devices that split the batch exchange in a step.
 """
 
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
 from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
-import optax
-from rich import print as rich_print
-from rich import table as rich_table
+import numpy as np
+from rich import console as rich_console
 
+from benchmarks import arms
+from benchmarks import report
 import peftjax
-from peftjax.models.vit import ViT
+from peftjax import config as config_lib
+from peftjax import phases
+from peftjax import program
+from peftjax import sharding
+from peftjax import step as step_lib
+from peftjax import trees
+from peftjax.interop import families
+from peftjax.interop import huggingface
+from peftjax.method import nearest
+from peftjax.tasks import classification
+from peftjax.tasks import lm
 
+_MODEL = flags.DEFINE_enum('model', 'encoder', sorted(arms.MODELS), 'Model.')
 _METHODS = flags.DEFINE_list(
-    'methods', ['lowrank.lora', 'orthogonal.oft', 'orthogonal.boft',
-                'scaling.ssf', 'selective.bitfit', 'sparse.diff_pruning'],
-    'Methods to time.')
+    'methods', None, 'Arms beside full fine-tuning; by default all that the '
+    'model has.')
+_BATCH = flags.DEFINE_integer('batch', 32, 'Texts a step.', lower_bound=1)
+_TOKENS = flags.DEFINE_integer('tokens', 64, 'Tokens a text.', lower_bound=2)
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'],
+                           'Of the computation and of the frozen base.')
 _PAIRS = flags.DEFINE_integer('pairs', 20, 'Timed pairs.', lower_bound=1)
-_BATCH = flags.DEFINE_integer('batch', 32, 'Images a step.', lower_bound=1)
-_FOLDED = flags.DEFINE_bool('folded', True, 'Add LoRA folded as a tree.')
+_TORCH = flags.DEFINE_bool('torch', True, 'Time PEFT on torch too.')
+_COMPILE = flags.DEFINE_bool('torch_compile', False, 'torch.compile there.')
+_SCAN = flags.DEFINE_bool('scan', False, 'Stack the layers.')
+_TIME = flags.DEFINE_bool('time', True, 'Time; otherwise only compile.')
+_TRAFFIC = flags.DEFINE_bool('traffic', True, 'Read the traffic of 8 devices.')
+_TRAFFIC_OF = flags.DEFINE_list(
+    'traffic_of', None, 'Only prints the traffic of these arms, as JSON.')
 _OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
 
 
-def compiled_step(model, methods, params, sites, images, labels, folded=False):
-  """(compiled step, its first state) of one set of methods."""
-  theta = peftjax.init(methods, jax.random.key(1), sites, params)
-  trained, frozen = peftjax.partition(methods, theta)
-  tx = optax.adamw(1e-3)
+# ------------------------------------------------------------------- one step
+def make_model(folder):
+  """(model, params) of random weights; those of float32 go to `folder` too."""
+  config = arms.MODELS[_MODEL.value]
+  module = families.family(config['model_type'])
+  dtype = jnp.dtype(_DTYPE.value)
+  model = module.build(config, head=families.own_head(config), dtype=dtype,
+                       remat=False, scan=_SCAN.value)
+  ids = jnp.zeros((1, 8), jnp.int32)
+  # The classifier's zeros would hide the gradient of all else.
+  def init(key):
+    params = model.init(key, ids)['params']
+    return jax.tree.map(
+        lambda v: 0.02 * jax.random.normal(key, v.shape)
+        if v.ndim > 1 else v, params)
 
-  def loss(trained, frozen, params, rng):
-    theta = peftjax.combine(trained, frozen)
-    if folded:
-      plain = peftjax.fold(methods, params, theta, sites)
-      logits = model.apply({'params': plain}, images)
-    else:
-      logits, _ = peftjax.apply(
-          model, methods, params, theta, images, train=True, rng=rng)
-    return optax.softmax_cross_entropy_with_integer_labels(
-        logits, labels).mean()
-
-  def step(trained, state, frozen, params, rng):
-    grads = jax.grad(loss)(trained, frozen, params, rng)
-    updates, state = tx.update(grads, state, trained)
-    return optax.apply_updates(trained, updates), state
-
-  state = tx.init(trained)
-  rng = jax.random.key(2)
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
-      trained, state, frozen, params, rng).compile()
-  return compiled, [trained, state, frozen, params, rng]
+  params = jax.jit(init)(jax.random.key(0))
+  if folder:
+    huggingface.save(folder, model, params, like=config)
+  return model, jax.tree.map(lambda v: v.astype(dtype), params)
 
 
-def seconds(compiled, state):
-  """Wall time of one step; `state` moves on."""
-  start = time.perf_counter()
-  state[:2] = jax.block_until_ready(compiled(*state))
-  return time.perf_counter() - start
+def method(name):
+  return peftjax.load(**arms.METHODS[name])
+
+
+class Arm:
+  """One method's step, compiled, and its state."""
+
+  def __init__(self, method, model, params, batch, devices=1):
+    config = config_lib.defaults()
+    config.batch, config.dtype = _BATCH.value, _DTYPE.value
+    config.optim.update(lr=arms.RATE, clip=0., schedule='constant', warmup=0.)
+    classify, methods = 'label' in batch, (method,)
+    if classify and method.name != 'full':
+      methods += (peftjax.load('selective.full', sites=dict(path='head/out$')),)
+    task = (classification.classify('classify', classification.inputs, 2)
+            if classify else
+            lm.task(config.task, None, None, None))
+    mesh = sharding.make_mesh(dict(data=devices, model=1))
+    at = sharding.params_sharding(mesh, (), params)
+    args, kwargs = task.inputs({k: v[:1] for k, v in batch.items()})
+    self.sites = peftjax.describe(model, *args, **kwargs)
+    run = step_lib.Run(config, task, model, sharding.put_global(params, at),
+                       self.sites, mesh, at, jax.random.key(0))
+    stage = phases.schedule(methods, 1000)[0]
+    theta = peftjax.init(methods, jax.random.key(1), self.sites, params)
+    self.state = step_lib.start(run, stage, theta, 0)
+    self.trained = trees.count(self.state['trained'])
+    tick = time.perf_counter()
+    self.compiled, _ = step_lib.compile_step(run, stage, self.state, batch)
+    self.compile_seconds = time.perf_counter() - tick
+    self.run, self.pace = run, step_lib.pace_of(run, stage)
+    self.batch = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+
+  def seconds(self):
+    """Wall time of one step."""
+    start = time.perf_counter()
+    self.state, self.metrics = self.compiled(
+        self.state, self.run.params, self.batch, self.pace)
+    jax.block_until_ready(self.state)
+    return time.perf_counter() - start
+
+
+def kernels(sites):
+  """Shapes of the blocks' kernels, stacked ones with their layers."""
+  return [(*s.stack, *s.params['kernel'].shape) for p, s in sites.items()
+          if 'block' in p and s.role != 'norm' and 'kernel' in s.params]
+
+
+def shift():
+  """y = f(x) + s after every kernel: what no step on a frozen base can save."""
+  return peftjax.Method(
+      'shift', peftjax.select(**arms.KERNELS),
+      lambda key, site, p, stats: dict(s=jnp.zeros(p['kernel'].shape[1])),
+      layer=lambda f, x, t, ctx: f(x) + t['s'])
+
+
+def own(name, sites, rows):
+  """FLOPs of an arm's own products, there and back; None: not of this kind.
+
+  Args:
+    name: Of the arm.
+    sites: As of `describe`.
+    rows: Of activations that a kernel meets.
+  """
+  spec, total = arms.METHODS[name], 0
+  for path, site in sites.items():
+    if 'block' not in path or 'kernel' not in site.params or (
+        len(site.params['kernel'].shape) != 2):
+      continue
+    d_in, d_out = site.params['kernel'].shape
+    each = 0
+    if name in ('lora', 'dora'):
+      each = 6 * rows * spec['rank'] * (d_in + d_out)
+    if name == 'dora':  # norms of the columns of K + s A B, once
+      each += 2 * spec['rank'] * d_in * d_out
+    if name in ('oft', 'boft'):
+      each = 6 * rows * d_in * spec['block_size'] * spec.get('factors', 1)
+    total += each * int(np.prod(site.stack, dtype=int))
+  return None if name in ('full', 'prompt', 'prefix') else total
+
+
+# --------------------------------------------------------------- PEFT on torch
+class Torch:
+  """The worker process."""
+
+  def __init__(self, folder):
+    gpu = jax.default_backend() == 'gpu'
+    command = [
+        sys.executable, '-m', 'benchmarks.torch_worker',
+        f'--model={_MODEL.value}', f'--folder={folder or ""}',
+        f'--batch={_BATCH.value}', f'--tokens={_TOKENS.value}',
+        f'--dtype={_DTYPE.value}', f'--compile={int(_COMPILE.value)}',
+        f'--device={"cuda" if gpu else "cpu"}',
+        f'--threads={len(os.sched_getaffinity(0))}']
+    self.process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+  def ask(self, verb, arm):
+    self.process.stdin.write(f'{verb} {arm}\n')
+    self.process.stdin.flush()
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError(f'the torch process ended at {verb} {arm}')
+    return json.loads(line)
+
+  def close(self):
+    self.process.stdin.close()
+    self.process.wait()
+
+
+# -------------------------------------------------------------------- the whole
+def costs(arm, kernel_shapes):
+  """What is read from a compiled step."""
+  p = program.read(arm.compiled)
+  return dict(
+      trained=arm.trained, compile_seconds=round(arm.compile_seconds, 1),
+      gflop=p.flops / 1e9, xla_gflop=p.xla_flops / 1e9,
+      bytes_accessed=p.bytes_accessed, temp=p.temp, arguments=p.arguments,
+      peak=p.peak, weight_shaped=sum(
+          a.bytes for a in p.made(kernel_shapes)))
+
+
+def ratio(pairs):
+  """{ratio, quartiles} of (a, b) pairs, as b / a."""
+  found = sorted(b / a for a, b in pairs)
+  n = len(found)
+  return dict(ratio=statistics.median(found),
+              quartiles=[found[n // 4], found[(3 * n) // 4]])
+
+
+def measure(names, folder):
+  """{arm: figures}, the arms' times beside those of full fine-tuning."""
+  model, params = make_model(folder)
+  batch = arms.batch(_MODEL.value, _BATCH.value, _TOKENS.value)
+  rows = {}
+  full = Arm(method('full'), model, params, batch)
+  shapes = kernels(full.sites)
+  rows['full'] = costs(full, shapes)
+  rest = floor(model, params, batch)
+  torch = Torch(folder) if _TORCH.value and _TIME.value else None
+  kept = {}
+  if torch:
+    kept['full'] = torch.ask('build', 'full')
+    agree(model, params, batch, torch)
+  for name in names:
+    arm = Arm(method(name), model, params, batch) if name != 'full' else full
+    row = rows.setdefault(name, costs(arm, shapes))
+    extra = own(name, arm.sites, _BATCH.value * _TOKENS.value)
+    if extra is not None:
+      row['bound_gflop'] = (rest + extra) / 1e9
+      row['flop_ratio'] = row['gflop'] / row['bound_gflop']
+    if _TIME.value:
+      row.update(timed(name, arm, full, torch))
+    print(name, {k: v for k, v in row.items() if 'gflop' in k or k in (
+        'ratio', 'torch_ratio')}, file=sys.stderr, flush=True)
+    del arm
+  if torch:
+    torch.close()
+  return rows
+
+
+def floor(model, params, batch):
+  """FLOPs of forward and of the way back through the activations."""
+  return program.read(Arm(shift(), model, params, batch).compiled).flops
+
+
+def agree(model, params, batch, torch):
+  """Raises unless both sides' logits are the same."""
+  ours = np.asarray(jax.jit(lambda p: model.apply(
+      {'params': p}, batch['ids'], batch['mask']))(params), np.float32)
+  theirs = np.array(torch.ask('logits', 'full')['values'])
+  apart = np.abs(ours.flatten()[:len(theirs)] - theirs).max()
+  if apart > (1e-3 if _DTYPE.value == 'float32' else 0.1):
+    raise AssertionError(f'logits differ by {apart}: nothing to compare')
+
+
+def timed(name, arm, full, torch):
+  """Seconds and ratios of one arm."""
+  theirs = None
+  if torch:
+    theirs = torch.ask('build', name)
+    if name != 'full' and 'error' not in theirs:
+      torch.ask('step', name), torch.ask('step', name)
+  for _ in range(3):
+    arm.seconds()
+  beside_full, beside_torch = [], []
+  for _ in range(_PAIRS.value):
+    if arm is not full:
+      beside_full.append((full.seconds(), arm.seconds()))
+    if theirs and 'error' not in theirs:
+      beside_torch.append(
+          (torch.ask('step', name)['seconds'], arm.seconds()))
+  mine = [b for _, b in beside_full + beside_torch] or [
+      arm.seconds() for _ in range(_PAIRS.value)]
+  out = dict(seconds=statistics.median(mine))
+  if beside_full:
+    out |= ratio(beside_full)
+  if beside_torch:
+    against = ratio(beside_torch)
+    out |= dict(torch_seconds=statistics.median(a for a, _ in beside_torch),
+                torch_ratio=against['ratio'],
+                torch_quartiles=against['quartiles'],
+                torch_trained=theirs['trained'], torch_note=theirs['note'],
+                torch_peak=torch.ask('peak', name)['bytes'])
+  elif theirs:
+    out['torch_note'] = theirs['error']
+  if theirs and name != 'full':
+    torch.ask('drop', name)
+  return out
+
+
+def traffic(names):
+  """{arm: {kind: [count, bytes]}} of 8 devices that split the batch.
+
+  Of a process of its own: the number of CPU devices is fixed at its start.
+  """
+  flag = '--xla_force_host_platform_device_count=8'
+  command = [sys.executable, '-m', 'benchmarks.step', '--traffic_of',
+             ','.join(names), *(f'--{f.name}={f.value}' for f in (
+                 _MODEL, _BATCH, _TOKENS, _DTYPE, _SCAN))]
+  out = subprocess.run(
+      command, check=True, stdout=subprocess.PIPE, text=True,
+      env=dict(os.environ, JAX_PLATFORMS='cpu',
+               XLA_FLAGS=f'{os.environ.get("XLA_FLAGS", "")} {flag}')).stdout
+  return json.loads(out.splitlines()[-1])
+
+
+def traffic_here(names):
+  model, params = make_model(None)
+  batch = arms.batch(_MODEL.value, _BATCH.value, _TOKENS.value)
+  found = {}
+  for name in names:
+    arm = Arm(method(name), model, params, batch, devices=8)
+    found[name] = program.read(arm.compiled).collectives
+  print(json.dumps(found))
 
 
 def main(argv):
-  del argv
-  model = ViT(classes=10)
-  images = jax.random.normal(jax.random.key(0), (_BATCH.value, 32, 32, 3))
-  labels = jnp.arange(_BATCH.value) % 10
-  params = model.init(jax.random.key(3), images)['params']
-  sites = peftjax.describe(model, images)
-  head = peftjax.load('selective.full', sites=dict(roles='head'))
-  arms = {'full': ((peftjax.load('selective.full'),), False)}
-  for name in _METHODS.value:
-    arms[name] = ((peftjax.load(name), head), False)
-  if _FOLDED.value:
-    arms['lowrank.lora, folded'] = (
-        (peftjax.load('lowrank.lora'), head), True)
-  runs = {name: compiled_step(model, methods, params, sites, images, labels,
-                              folded)
-          for name, (methods, folded) in arms.items()}
-  for compiled, state in runs.values():
-    for _ in range(3):
-      seconds(compiled, state)
-  times = {name: [] for name in runs}
-  for _ in range(_PAIRS.value):
-    for name in runs:  # each arm beside one step of full fine-tuning
-      times[name].append((seconds(*runs['full']), seconds(*runs[name])))
-
-  table = rich_table.Table(title=f'{_BATCH.value} images of 32 x 32, '
-                           f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
-  for column in ('arm', 'ms', 'time / full', 'quartiles', 'GFLOP', 'temp MiB'):
-    table.add_column(column, justify='left' if column == 'arm' else 'right')
-  rows = []
-  for name, (compiled, _) in runs.items():
-    ratios = sorted(b / a for a, b in times[name])
-    n = len(ratios)
-    row = dict(
-        arm=name, seconds=statistics.median(b for _, b in times[name]),
-        ratio=statistics.median(ratios),
-        quartiles=(ratios[n // 4], ratios[(3 * n) // 4]),
-        flops=compiled.cost_analysis()['flops'],
-        temp_bytes=compiled.memory_analysis().temp_size_in_bytes)
-    rows.append(row)
-    table.add_row(
-        name, f'{1000 * row["seconds"]:.1f}', f'{row["ratio"]:.2f}',
-        '{:.2f} to {:.2f}'.format(*row['quartiles']),
-        f'{row["flops"] / 1e9:.2f}', f'{row["temp_bytes"] / 2**20:.0f}')
-  rich_print(table)
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments {argv[1:]}')
+  if _TRAFFIC_OF.value:
+    return traffic_here(_TRAFFIC_OF.value)
+  known = arms.of(_MODEL.value)
+  names = _METHODS.value or known
+  for name in names:
+    if name not in known:
+      raise app.UsageError(f'--methods: unknown arm {name!r}'
+                           f'{nearest(name, known)}')
+  names = ['full', *(n for n in names if n != 'full')]
+  with tempfile.TemporaryDirectory() as folder:
+    # A GPU's sizes are not written out: both sides make their own weights.
+    gpu = jax.default_backend() == 'gpu'
+    rows = measure(names, None if gpu or not _TORCH.value else
+                   os.path.join(folder, 'model'))
+  if _TRAFFIC.value:
+    for name, kinds in traffic(names).items():
+      rows[name]['collectives'] = kinds
+  device = jax.devices()[0]
+  result = dict(
+      model=_MODEL.value, batch=_BATCH.value, tokens=_TOKENS.value,
+      dtype=_DTYPE.value, scan=_SCAN.value, pairs=_PAIRS.value,
+      cpus=len(os.sched_getaffinity(0)), load=os.getloadavg()[0],
+      device=f'{device.platform} {device.device_kind}', commit=commit(),
+      versions=report.versions(), arms=rows)
+  rich_console.Console(width=140).print(report.table(result))
   if _OUT.value:
-    with open(_OUT.value, 'w') as f:
-      json.dump(rows, f, indent=1)
+    with open(_OUT.value, 'w', encoding='utf-8') as f:
+      json.dump(result, f, indent=1)
       f.write('\n')
+    report.chart(result, os.path.splitext(_OUT.value)[0] + '.png')
+
+
+def commit():
+  """Short name of the commit that is checked out, with '+' if it is changed."""
+  git = lambda *a: subprocess.run(
+      ('git', *a), capture_output=True, text=True, check=False).stdout.strip()
+  return git('rev-parse', '--short', 'HEAD') + (
+      '+' if git('status', '--porcelain', '-uno') else '')
 
 
 if __name__ == '__main__':
