@@ -43,7 +43,8 @@ def find(weights):
 
 
 def load(weights, head=None, classes=None, scan=False, remat=False,
-         dtype=jnp.float32, name='', shardings=None):
+         dtype=jnp.float32, name='', shardings=None,
+         param_dtype=jnp.float32):
   """Reads a base.
 
   Args:
@@ -55,6 +56,7 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
     shardings: As of `huggingface.load`: a folder's tensors go to the devices
       as they are read, each device's part by itself. A weight file, which is
       small, is read whole all the same. None: params stay on the host.
+    param_dtype: Of the params.
 
   Raises:
     FileNotFoundError, ValueError: as `load_weights` and `huggingface.load`; a
@@ -64,7 +66,7 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
     folder = find_folder(weights)
     model, params, config = huggingface.load(
         folder, head=head, classes=classes, scan=scan, remat=remat, dtype=dtype,
-        shardings=shardings)
+        param_dtype=param_dtype, shardings=shardings)
   else:
     folder, config = '', read_config(weights)
     model, params = load_weights(
@@ -75,13 +77,38 @@ def load(weights, head=None, classes=None, scan=False, remat=False,
         raise ValueError(
             f'{type(model).__name__} of {weights!r} has no {key!r} to set')
     model = model.clone(**more)
+    params = jax.tree.map(lambda v: v.astype(param_dtype), params)
+  _check_name(name, model, weights)
+  if shardings is None or not folder:
+    params = jax.tree.map(np.asarray, params)
+  return Base(model, params, config, folder, trees.fingerprint(params))
+
+
+def shapes(weights, head=None, classes=None, scan=False, remat=False,
+           dtype=jnp.float32, name='', param_dtype=jnp.float32):
+  """As `load`, but params are ShapeDtypeStructs and there is no fingerprint.
+
+  Of a folder or a hub id config.json is read and no weights, which need not be
+  there.
+  """
+  if not is_folder(weights):
+    base = load(weights, head, classes, scan, remat, dtype, name,
+                param_dtype=param_dtype)
+    return base._replace(params=jax.eval_shape(lambda: base.params),
+                         fingerprint='')
+  folder = find_folder(weights, patterns=('*.json',))
+  model, params, config = huggingface.shapes(
+      folder, head, classes, scan, remat, dtype, param_dtype)
+  _check_name(name, model, weights)
+  return Base(model, params, config, folder, '')
+
+
+def _check_name(name, model, weights):
+  """Raises where a model is of another module than it should be."""
   module = type(model).__module__.rsplit('.', 1)[-1]
   if name and name != module:
     raise ValueError(f'model.name={name!r}, but the weights {weights!r} are of '
                      f'{module!r}: expected model.name={module!r} or ""')
-  if shardings is None or not folder:
-    params = jax.tree.map(np.asarray, params)
-  return Base(model, params, config, folder, trees.fingerprint(params))
 
 
 def image_size(base):

@@ -8,13 +8,15 @@ import functools
 import os
 from typing import Any, NamedTuple
 
+from absl import logging
+import jax
 import jax.numpy as jnp
 
 from peftjax import bases
 from peftjax import config as config_lib
 from peftjax import sharding
 from peftjax.data import packing, pipeline, sources, stream, text
-from peftjax.data.examples import Examples
+from peftjax.data.examples import Examples, Source
 from peftjax.method import nearest
 from peftjax.tasks import base as base_lib
 from peftjax.tasks import classification, images, lm, regression, retrieval
@@ -65,7 +67,8 @@ def keep(cache, kind, key, make):
   return cache[kind][1]
 
 
-def load(config, splits, classes=None, cache=None, mesh=None):
+def load(config, splits, classes=None, cache=None, mesh=None,
+         read=bases.load):
   """The case of a config.
 
   Args:
@@ -77,6 +80,7 @@ def load(config, splits, classes=None, cache=None, mesh=None):
       the same config; see `keep`.
     mesh: Where the base is to lie, by `config.shard_rules`; None: on the host.
       A folder is read straight onto the devices, a weight file is not.
+    read: `bases.load`; or `bases.shapes`, without a mesh.
 
   Returns:
     A `Case`.
@@ -86,9 +90,7 @@ def load(config, splits, classes=None, cache=None, mesh=None):
       had, or do not fit each other.
   """
   spec, name = config.task, config.task.name
-  if name not in TASKS:
-    raise ValueError(f'task.name={name!r}: unknown task{nearest(name, TASKS)}')
-  module = TASKS[name]
+  module = _module(name)
   if config.loss.label_smoothing and name in _UNSMOOTHED:
     raise ValueError(
         f'loss.label_smoothing={config.loss.label_smoothing}: task {name!r} '
@@ -107,14 +109,13 @@ def load(config, splits, classes=None, cache=None, mesh=None):
   classes = classes or module.outputs(held_out)
   model, weights = config.model, config.model.weights
   head = spec.head or module.HEAD
-  at = None if mesh is None else functools.partial(
-      sharding.params_sharding, mesh, config.shard_rules)
+  more = {} if mesh is None else dict(shardings=functools.partial(
+      sharding.params_sharding, mesh, config.shard_rules))
   base = keep(
       cache, 'base', (weights, _age(weights), head, classes, model.to_dict(),
                       config.dtype, mesh, config_lib.to_json(config)[
                           'shard_rules'] if mesh else None),
-      lambda: bases.load(weights, head, classes, model.scan, model.remat,
-                         jnp.dtype(config.dtype), model.name, at))
+      lambda: _base(config, read, head, classes, **more))
   base_lib.must_take(base.model, module.CALL, name)
   task = module.task(spec, held_out, classes, base)
   tokenizer = None if module is images else _tokenizer(spec, base)
@@ -136,6 +137,57 @@ def load(config, splits, classes=None, cache=None, mesh=None):
   return Case(task, base, head, classes, arrays)
 
 
+def shapes(config, classes=None):
+  """The case of a config without its weights and, mostly, without its data.
+
+  The base's params are ShapeDtypeStructs, and so are the arrays, of one row
+  that is as long as any may be. Tasks whose rows depend on the data (they have
+  no `shapes`) open it all the same.
+
+  Args:
+    config: As of `load`.
+    classes: Outputs of the head; None: as many as the data have, or where they
+      cannot be opened, as the base's own head.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load`.
+  """
+  spec, module = config.task, _module(config.task.name)
+  if not hasattr(module, 'shapes'):
+    case = load(config, ('train',), classes, read=bases.shapes)
+    return case._replace(arrays=dict(
+        train=jax.eval_shape(lambda: case.sample('train'))))
+  if classes is None and module.HEAD != 'lm':
+    try:
+      classes = module.outputs(_open(config.data, 'train'))
+    except (OSError, ValueError) as e:
+      logging.warning('the data cannot be opened, so the head is as large as '
+                      'the base says: %s', e)
+  head = spec.head or module.HEAD
+  base = _base(config, bases.shapes, head, classes)
+  base_lib.must_take(base.model, module.CALL, spec.name)
+  classes = getattr(base.model, 'classes', None) if classes is None else classes
+  task = module.task(
+      spec, Source((), module.KINDS[0], (), '', 'no data'), classes, base)
+  return Case(task, base, head, classes, dict(train={
+      name: jax.ShapeDtypeStruct((1, *shape), kind)
+      for name, (shape, kind) in module.shapes(spec, base).items()}))
+
+
+def _module(name):
+  if name not in TASKS:
+    raise ValueError(f'task.name={name!r}: unknown task{nearest(name, TASKS)}')
+  return TASKS[name]
+
+
+def _base(config, read, head, classes, **more):
+  """The base of a config, by `bases.load` or `bases.shapes`."""
+  model = config.model
+  return read(model.weights, head, classes, model.scan, model.remat,
+              jnp.dtype(config.dtype), model.name,
+              param_dtype=jnp.dtype(model.param_dtype), **more)
+
+
 def config_of(meta, weights=None, data=None, where='the adapter'):
   """The config of the case that an adapter was trained on.
 
@@ -155,6 +207,7 @@ def config_of(meta, weights=None, data=None, where='the adapter'):
   config = config_lib.defaults()
   config.model.weights, config.model.scan = weights, bool(base.get('scan'))
   config.model.fused = base.get('fused', 'split')
+  config.model.param_dtype = base.get('param_dtype', 'float32')
   config.data.train = 0  # all
   config.data.stream = bool(base.get('stream'))
   config.data.name = data

@@ -23,6 +23,10 @@ SPLITS = ('test', 'validation', 'train')
 # with other values.
 COSMETIC = ('log_every', 'eval_every', 'checkpoint_every', 'keep')
 
+# Keys that say where numbers lie, not what they are: a run may be continued on
+# other devices. The batch stays as it was.
+PLACEMENT = ('mesh', 'shard_rules')
+
 # Of the images that are trained on: not at all; the crop anywhere; and mirrored,
 # which digits and letters must not be.
 AUGMENT = ('', 'crop', 'crop_flip')
@@ -40,14 +44,15 @@ def defaults():
   c.eval_batch = 200
   c.eval_split = 'test'
   c.eval_before = True  # also before the first step
-  c.dtype = 'float32'  # of the computation; parameters stay float32
+  c.dtype = 'float32'  # of the computation
   # weights: what `bases.load` takes: the name of a weight file of the package,
   # a path of one, a folder in Hugging Face's layout or a hub id; name: the
   # module of peftjax.models that they must be of, '': any.
+  # param_dtype: what the base is kept in; theta stays float32.
   # fused: kernels that hold several projections side by side (GPT-2's qkv) are
   # 'split' into a site each, or kept 'whole' as adapters of PEFT have them.
   c.model = dict(name='', weights='vit_s', scan=False, remat=False,
-                 fused='split')
+                 fused='split', param_dtype='float32')
   # Adapter folder whose theta training starts from; '': what `init` makes.
   c.start = ''
   # name, path, options: as `data.sources.open_split` takes them. The first so
@@ -112,7 +117,8 @@ def check(config):
     if not hasattr(m, 'items') or 'name' not in m:
       raise ValueError(f'method entry {m!r}: expected a mapping with a name '
                        "such as dict(name='lowrank.lora', rank=8)")
-  for key, choices in (('dtype', DTYPES), ('eval_split', SPLITS),
+  for key, choices in (('dtype', DTYPES), ('model.param_dtype', DTYPES),
+                       ('eval_split', SPLITS),
                        ('model.fused', FUSED_RULES),
                        ('optim.schedule', SCHEDULES),
                        ('data.augment', AUGMENT)):
@@ -207,11 +213,12 @@ def _fits(value, example):
 def differences(saved, config):
   """['optim.lr: 0.001 in the checkpoint, 0.003 now', ...] of two JSON configs.
 
-  Keys in `COSMETIC` are passed over. A key that the saved one lacks is newer
-  than it, and had its default.
+  Keys in `COSMETIC` and `PLACEMENT` are passed over. A key that the saved one
+  lacks is newer than it, and had its default.
   """
   flat = [{k.replace('/', '.'): v for k, v in trees.flatten(c).items()
-           if k not in COSMETIC} for c in (saved, config, to_json(defaults()))]
+           if k.split('/')[0] not in COSMETIC + PLACEMENT}
+          for c in (saved, config, to_json(defaults()))]
   flat[0] |= {k: v for k, v in flat.pop().items()
               if k in flat[1] and k not in flat[0]}
   out = []

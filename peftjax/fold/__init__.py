@@ -116,7 +116,8 @@ def _base(adapter_dir, meta, weights):
     inputs = case.task.inputs(case.sample(split, BATCH))
     return case.base, inputs, f'{config.data.name}, {split}'
   base = bases.load(weights, said.get('head', 'own'), said.get('classes'),
-                    bool(said.get('scan')))
+                    bool(said.get('scan')),
+                    param_dtype=said.get('param_dtype', 'float32'))
   if base.folder:
     shapes = families.example(base.model, base.config)
   else:

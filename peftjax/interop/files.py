@@ -25,10 +25,11 @@ def packaged(name):
   return folder
 
 
-def find_folder(path_or_repo_id, revision=None):
+def find_folder(path_or_repo_id, revision=None, patterns=PATTERNS):
   """The local folder of a checkpoint, fetched from the hub if need be.
 
   The name of one that comes with the package ('stories260k') means that one.
+  patterns: of the files that are fetched.
 
   Raises:
     FileNotFoundError: neither a folder nor a repository that can be had.
@@ -52,7 +53,7 @@ def find_folder(path_or_repo_id, revision=None):
         'huggingface_hub') from e
   try:
     return huggingface_hub.snapshot_download(
-        name, revision=revision, allow_patterns=list(PATTERNS))
+        name, revision=revision, allow_patterns=list(patterns))
   except Exception as e:
     raise FileNotFoundError(
         f'{name!r} is no folder here and could not be had from the hub: {e}'

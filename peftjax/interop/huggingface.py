@@ -61,14 +61,9 @@ def load(path_or_repo_id, head='own', classes=None, scan=False, remat=False,
       pickled weights, which are never read.
   """
   folder = find_folder(path_or_repo_id, revision)
-  config = families.read_config(folder)
-  model_type = config.get('model_type')
-  module = families.family(model_type)
-  file_head = families.own_head(config)
-  head = file_head if head == 'own' else head
-  options = dict(head=head, dtype=dtype, remat=remat)
-  if classes is not None:
-    options['classes'] = classes
+  config, module, file_head, options = _described(
+      folder, head, classes, remat, dtype)
+  model_type, head = config['model_type'], options['head']
   model = module.build(config, **options, scan=False)
   shapes = _shapes(model, config)
   entries = module.names(model, model_type)
@@ -88,6 +83,26 @@ def load(path_or_repo_id, head='own', classes=None, scan=False, remat=False,
       shapes = _shapes(model, config)
     params = _read(source, entries, shapes, new, param_dtype, shardings)
   return Checkpoint(model, params, config)
+
+
+def shapes(folder, head='own', classes=None, scan=False, remat=False,
+           dtype=jnp.float32, param_dtype=jnp.float32):
+  """As `load`, but params are ShapeDtypeStructs: only config.json is read."""
+  config, module, _, options = _described(folder, head, classes, remat, dtype)
+  model = module.build(config, **options, scan=scan)
+  return Checkpoint(model, trees.unflatten(
+      {p: jax.ShapeDtypeStruct(s.shape, param_dtype)
+       for p, s in _shapes(model, config).items()}), config)
+
+
+def _described(folder, head, classes, remat, dtype):
+  """config.json, its family, the file's own head, the model's options."""
+  config = families.read_config(folder)
+  own = families.own_head(config)
+  options = dict(head=own if head == 'own' else head, dtype=dtype, remat=remat)
+  if classes is not None:
+    options['classes'] = classes
+  return config, families.family(config['model_type']), own, options
 
 
 def _shapes(model, config):

@@ -11,5 +11,7 @@
 
 `encoder` of each module but retrieval's makes arrays of one shape from any
 examples, as streams need them; `arrays` encodes a whole split, cut to its
-longest text, or packed. `base.Task` says what a task is; `peftjax.case` makes one from a config.
+longest text, or packed. `shapes`, where a module has it, tells what a batch
+is made of without any data. `base.Task` says what a task is; `peftjax.case`
+makes one from a config.
 """

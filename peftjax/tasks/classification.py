@@ -41,6 +41,16 @@ def task(spec, source, classes, base):
   return classify('classify', inputs, classes, metric_of(spec, source))
 
 
+def shapes(spec, base):
+  """{name: (shape, type) of one row} of the longest batches, without data.
+
+  A model that knows types is taken to be trained on pairs.
+  """
+  tokens = {name: ((spec.length,), kind) for name, kind in dict(
+      ids='int32', mask='bool', types='int32').items()}
+  return base_lib.with_types(dict(tokens, label=((), 'int32')), base.model)
+
+
 def encoder(spec, source, base, tokenizer, classes):
   """Examples -> ({ids, mask, types, label} of spec.length tokens, Report).
 

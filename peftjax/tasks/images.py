@@ -45,6 +45,18 @@ def preprocessor(base):
   return images.Preprocessor(resize=bases.image_size(base))
 
 
+def shapes(spec, base):
+  """{name: (shape, type) of one row}, without data."""
+  del spec
+  how = preprocessor(base)
+  size = bases.image_size(base) if how is None else how.crop or how.resize
+  if size is None or len(size) < 2:
+    raise ValueError(f'the preprocessor of {base.folder} gives images of many '
+                     'sizes: expected one that crops them')
+  return dict(image=((*size, 3), 'uint8' if how else 'float32'),
+              label=((), 'int32'))
+
+
 def encoder(spec, source, base, tokenizer, classes, ready=False):
   """Examples -> {image, label} as of `arrays`, for streams.
 

@@ -60,6 +60,15 @@ def task(spec, source, classes, base):
               inputs, loss, measure, metrics)
 
 
+def shapes(spec, base):
+  """{name: (shape, type) of one row} of the longest batches, without data."""
+  del base
+  names = dict(ids='int32', mask='bool', weights='float32')
+  if spec.packed:
+    names |= dict(segments='int32', positions='int32')
+  return {name: ((spec.length,), kind) for name, kind in names.items()}
+
+
 def encoder(spec, source, base, tokenizer, classes):
   """Examples -> (arrays, Report), a text a row; see `classification.encoder`."""
   del source, base, classes

@@ -27,12 +27,12 @@ class Source(NamedTuple):
 
 
 def open_base(weights, head='own', classes=None, scan=False, fused='split',
-              keep_head='keep', transformers=5):
+              keep_head='keep', transformers=5, param_dtype='float32'):
   """Loads a base and describes it.
 
   Args:
     weights: As of `bases.load`, but no weight file of this library.
-    head, classes, scan: As of `bases.load`.
+    head, classes, scan, param_dtype: As of `bases.load`.
     fused: 'split' or 'whole', as config.model.fused.
     keep_head, transformers: As of `Names`.
 
@@ -44,7 +44,7 @@ def open_base(weights, head='own', classes=None, scan=False, fused='split',
     raise ValueError(
         f'{weights!r} is a weight file of this library, whose model no class '
         'of transformers knows; expected a base in Hugging Face\'s layout')
-  base = bases.load(weights, head, classes, scan)
+  base = bases.load(weights, head, classes, scan, param_dtype=param_dtype)
   rules = FUSED_RULES[fused]
   example = lambda m: families.example(m, base.config)
   names = Names(base.model, base.config, keep_head, transformers)
@@ -74,7 +74,8 @@ def open_adapter(adapter_dir, weights=None, **options):
     raise ValueError(f'{adapter_dir} does not name its base; give --base')
   source = open_base(
       weights, said.get('head', 'own'), said.get('classes'),
-      bool(said.get('scan')), said.get('fused', 'split'), **options)
+      bool(said.get('scan')), said.get('fused', 'split'),
+      param_dtype=said.get('param_dtype', 'float32'), **options)
   adapter = load_adapter(adapter_dir, source.sites, source.base.params)
   return source, adapter, parts_of(adapter, source.names)
 
