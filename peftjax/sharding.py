@@ -5,9 +5,11 @@ rules name over 'model' (or over 'data' too, which keeps each piece of the base
 on one device only). jit inserts the communication.
 """
 
+import contextlib
 import math
 import re
 
+import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
@@ -69,6 +71,32 @@ def replicated(mesh):
 def batch_sharding(mesh):
   """Leading axis over 'data'."""
   return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def rows_stay(mesh, rows):
+  """Context in which what layers return stays split over 'data' by examples.
+
+  Where the base is split over 'data' too, XLA else takes the other way to
+  multiply: it leaves kernels as they lie, splits activations as the kernels'
+  inputs, gives every device all examples, and adds up the outputs. Says where
+  numbers lie, never what they are.
+
+  Args:
+    mesh: From `make_mesh`.
+    rows: Examples in the batch; arrays with another first axis are left alone.
+  """
+  if mesh.shape['data'] == 1:
+    return contextlib.nullcontext()
+
+  def place(y):
+    if not hasattr(y, 'shape') or y.shape[:1] != (rows,):
+      return y
+    rest = (PartitionSpec.UNCONSTRAINED,) * (len(y.shape) - 1)
+    return jax.lax.with_sharding_constraint(
+        y, NamedSharding(mesh, PartitionSpec('data', *rest)))
+
+  return nn.intercept_methods(lambda f, args, kwargs, context: jax.tree.map(
+      place, f(*args, **kwargs)))
 
 
 def check_batch(mesh, batch):

@@ -15,6 +15,7 @@ The base's params are an argument of their own: never differentiated, never
 donated, never returned.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -77,18 +78,20 @@ def layout(run, stage, theta):
   return tx, jax.eval_shape(lambda s: s, shapes), at
 
 
+def fresh(run, stage, tx, theta, rng, step):
+  """A state before any step, from theta and the data of a key."""
+  trained, frozen = theta_lib.partition(stage.methods, theta)
+  state = dict(step=step, bad=jnp.int32(-1), rng=rng,
+               trained=trained, frozen=frozen, opt=tx.init(trained))
+  if run.config.optim.ema:
+    state['ema'] = jax.tree.map(jnp.copy, trained)  # both are donated
+  return state
+
+
 def start(run, stage, theta, step):
   """The state at the beginning of a stage, on the devices."""
   tx, _, at = layout(run, stage, theta)
-
-  def make(theta, rng, step):
-    trained, frozen = theta_lib.partition(stage.methods, theta)
-    state = dict(step=step, bad=jnp.int32(-1), rng=rng,
-                 trained=trained, frozen=frozen, opt=tx.init(trained))
-    if run.config.optim.ema:
-      state['ema'] = jax.tree.map(jnp.copy, trained)  # both are donated
-    return state
-
+  make = functools.partial(fresh, run, stage, tx)
   return jax.jit(make, out_shardings=at)(
       theta, jax.random.key_data(run.key), np.int32(step))
 
