@@ -128,6 +128,7 @@ class _Instruction(NamedTuple):
   type: str
   op: str
   operands: tuple[str, ...]
+  inner: str  # the operands as they stand there; of a constant its value
   rest: str  # attributes
 
   def called(self) -> Iterator[str]:
@@ -165,7 +166,8 @@ def _parse(text):
     at = body.index('(')
     end = _close(body, at)
     current[name] = _Instruction(
-        name, kind, body[:at], tuple(_NAME.findall(body[at:end])), body[end:])
+        name, kind, body[:at], tuple(_NAME.findall(body[at:end])),
+        body[at + 1:end - 1], body[end:])
   if entry is None:
     raise ValueError('the text holds no HLO module: it has no ENTRY')
   return computations, entry
@@ -186,16 +188,17 @@ def walk(text):
   """FLOPs, collectives and arrays of an HLO text; keywords of `Program`."""
   computations, entry = _parse(text)
   flops, endless, moved, arrays = 0., 0, [], []
-  todo = [(entry, 1, False)]
+  todo, seen = [(entry, 1, entry, False)], set()
   while todo:
-    name, times, fused = todo.pop()
+    name, times, owner, fused = todo.pop()
     own = computations[name]
     for i in own.values():
       trips = 1
       if i.op == 'while':
-        found = _TRIPS.search(i.rest)
-        trips, endless = (int(found[1]), endless) if found else (1, endless + 1)
-      todo += [(c, times * trips, fused or i.op == 'fusion')
+        found = _rounds(i, own, computations)
+        trips, endless = (1, endless + 1) if found is None else (found, endless)
+      inside = fused or i.op == 'fusion'
+      todo += [(c, times * trips, owner if inside else c, inside)
                for c in i.called() if c in computations]
       if i.op in ('dot', 'convolution'):
         flops += times * _product(i, own)
@@ -204,7 +207,12 @@ def walk(text):
       made = lambda op, parts: [
           Array(op, d, s, times, where[1] if where else i.name)
           for d, s in parts]
-      if kind in COLLECTIVES:
+      # TPUs spread one collective over several fusions, its channel in each.
+      channel = re.search(r'channel_id=(\d+)', i.rest)
+      again = bool(fused and channel and (owner, channel[1]) in seen)
+      if kind in COLLECTIVES and not again:
+        if fused and channel:
+          seen.add((owner, channel[1]))
         parts = _arrays(i.type)
         if i.op.endswith('-start') and i.type.startswith('('):
           # A tuple of what goes in, what comes out, and contexts of the chip.
@@ -220,6 +228,61 @@ def walk(text):
         old.count + a.times, old.bytes + a.times * a.bytes)
   return dict(flops=flops, collectives=collectives, moved=tuple(moved),
               arrays=tuple(arrays), endless=endless)
+
+
+def _rounds(loop, own, computations):
+  """How often a loop runs; None: not known.
+
+  XLA says so for some chips. For TPUs it does not, and a loop that counts from
+  one constant to another by a third is looked through.
+  """
+  found = _TRIPS.search(loop.rest)
+  if found:
+    return int(found[1])
+  part = {k: computations.get(n, {}) for k, n in re.findall(
+      r'\b(condition|body)=%?([\w.\-]+)', loop.rest)}
+  end = _root(part.get('condition', {}))
+  body, start = _root(part.get('body', {})), own.get(loop.operands[0])
+  if (end is None or end.op != 'compare' or 'direction=LT' not in end.rest
+      or not (body and start and body.op == start.op == 'tuple')):
+    return None
+  place, last = (_source(part['condition'], o) for o in end.operands)
+  at = re.search(r'\bindex=(\d+)', place.rest) if place else None
+  if not at:
+    return None
+  at = int(at[1])
+  add = _source(part['body'], body.operands[at])
+  if add is None or add.op != 'add':
+    return None
+  by = [_whole(_source(part['body'], o)) for o in add.operands]
+  by = next((v for v in by if v), None)
+  first, last = _whole(_source(own, start.operands[at])), _whole(last)
+  if None in (by, first, last) or by < 1:
+    return None
+  return max(0, -(-(last - first) // by))
+
+
+def _root(own):
+  """What a computation returns: what no other instruction in it reads."""
+  read = {o for i in own.values() for o in i.operands}
+  ends = [i for n, i in own.items() if n not in read]
+  return ends[-1] if ends else None
+
+
+def _source(own, name):
+  """An instruction, looked up through copies of it."""
+  i = own.get(name)
+  while i is not None and i.op in ('copy', 'bitcast', 'copy-done',
+                                   'copy-start'):
+    i = own.get(i.operands[0])
+  return i
+
+
+def _whole(i):
+  """The value of a constant, or None."""
+  if i is None or i.op != 'constant' or not re.fullmatch(r'-?\d+', i.inner):
+    return None
+  return int(i.inner)
 
 
 def _kind(i, computations):
