@@ -38,7 +38,7 @@ class Run(NamedTuple):
   config: Any
   task: Task
   model: nn.Module
-  params: Any  # on the devices
+  params: Any  # on the devices; shapes are enough to lower a step
   sites: Any
   mesh: Any
   params_at: Any  # shardings of params
@@ -96,6 +96,21 @@ def start(run, stage, theta, step):
       theta, jax.random.key_data(run.key), np.int32(step))
 
 
+def abstract(run, stage):
+  """The shapes of the first stage's state, as nothing but a plan needs them."""
+  theta = jax.eval_shape(
+      lambda params: theta_lib.init(stage.methods, run.key, run.sites, params),
+      run.params)
+  _, shapes, at = layout(run, stage, theta)
+  return _placed(shapes, at)
+
+
+def _placed(tree, at):
+  """Shapes of arrays (or of shapes) that lie as shardings say."""
+  return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(
+      v.shape, v.dtype, sharding=s), tree, at)
+
+
 def theta_of(state):
   """Theta as it is being trained."""
   return theta_lib.combine(state['trained'], state['frozen'])
@@ -122,8 +137,9 @@ def make_loss(run, stage):
   def loss_fn(trained, frozen, params, batch, rng, step):
     theta = theta_lib.combine(trained, frozen)
     args, kwargs = run.task.inputs(batch)
-    out, aux = apply(run.model, stage.methods, params, theta, *args,
-                     train=True, rng=rng, **kwargs)
+    with sharding.rows_stay(run.mesh, len(jax.tree.leaves(batch)[0])):
+      out, aux = apply(run.model, stage.methods, params, theta, *args,
+                       train=True, rng=rng, **kwargs)
     loss = mean_loss(*run.task.loss(out, batch, smoothing))
     return loss + theta_lib.penalty(stage.methods, theta, aux, step), out
 
@@ -181,10 +197,14 @@ def pace_of(run, stage):
   They are arguments of the step, not constants in it: runs that differ in them
   (and in the seed) alone share one compiled program through jax's cache.
   """
+  return sharding.put_global(_pace(run, stage), sharding.replicated(run.mesh))
+
+
+def _pace(run, stage):
+  """`pace_of`, on the host."""
   config, steps = run.config.optim, stage.end - stage.start
-  pace = dict(lr=np.float32(config.lr), start=np.int32(stage.start),
+  return dict(lr=np.float32(config.lr), start=np.int32(stage.start),
               steps=np.int32(steps), warm=np.int32(optim.warmup(config, steps)))
-  return sharding.put_global(pace, sharding.replicated(run.mesh))
 
 
 def compile_step(run, stage, state, arrays):
@@ -204,15 +224,25 @@ def compile_step(run, stage, state, arrays):
   return lowered.compile(), tx
 
 
-def lower_step(run, stage, state, arrays):
-  """(lowered step, optimiser); arguments as of `compile_step`."""
+def lower_step(run, stage, state, arrays, platforms=None):
+  """(lowered step, optimiser); arguments as of `compile_step`.
+
+  Shapes are enough everywhere: in `state`, in `run.params` and in `arrays`.
+  Where they are arrays, only their shapes are looked at. platforms: ('tpu',)
+  lowers for what is not there; None: for the devices of the mesh.
+  """
   tx, _, at = layout(run, stage, theta_of(state))
+  everywhere = sharding.replicated(run.mesh)
   b, place = run.config.batch, sharding.batch_sharding(run.mesh)
   batch = {k: jax.ShapeDtypeStruct((b, *v.shape[1:]), v.dtype, sharding=place)
            for k, v in arrays.items()}
   step = jax.jit(make_step(run, stage), donate_argnums=0,
-                 out_shardings=(at, sharding.replicated(run.mesh)))
-  return step.lower(state, run.params, batch, pace_of(run, stage)), tx
+                 out_shardings=(at, everywhere))
+  pace = _pace(run, stage)
+  traced = step.trace(
+      _placed(state, at), _placed(run.params, run.params_at), batch,
+      _placed(pace, dict.fromkeys(pace, everywhere)))
+  return traced.lower(lowering_platforms=platforms), tx
 
 
 def peak_bytes(compiled):
