@@ -101,7 +101,8 @@ class Program(NamedTuple):
     """
     key = lambda shape: tuple(sorted(n for n in shape if n != 1))
     keys = {key(s) for s in shapes}
-    return [a for a in self.arrays if a.op not in MOVES and key(a.shape) in keys]
+    return [a for a in self.arrays
+            if a.op not in MOVES and key(a.shape) in keys]
 
 
 def read(compiled):
@@ -202,6 +203,8 @@ def walk(text):
                for c in i.called() if c in computations]
       if i.op in ('dot', 'convolution'):
         flops += times * _product(i, own)
+      if i.op == 'custom-call':
+        flops += times * _custom(i, own)
       kind = i.op.removesuffix('-start')
       where = re.search(r'op_name="([^"]*)"', i.rest)
       made = lambda op, parts: [
@@ -303,6 +306,24 @@ def _product(i, own):
     inner = math.prod(left[int(a)] for a in axes.split(',') if a)
     return 2. * math.prod(out) * inner
   return _convolution(i.rest, left, right, out)
+
+
+def _custom(i, own):
+  """FLOPs of a product that a GPU's library makes; 0 for any other call."""
+  target = re.search(r'custom_call_target="([^"]*)"', i.rest)
+  target = target[1] if target else ''
+  shapes = [_arrays(own[o].type)[0][1] for o in i.operands[:2] if o in own]
+  if target.startswith('__cublas$'):
+    axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.rest)
+    if axes:
+      inner = math.prod(shapes[0][int(a.strip('" '))]
+                        for a in axes[1].split(',') if a.strip())
+      return 2. * math.prod(_arrays(i.type)[0][1]) * inner
+  if target.startswith('__cudnn$fmha'):
+    # Queries [B, T, H, h], keys [B, S, K, h]: two products, five to go back.
+    products = 5 if 'Backward' in target else 2
+    return products * 2. * math.prod(shapes[0]) * shapes[1][1]
+  return 0.
 
 
 def _convolution(rest, left, right, out):

@@ -71,6 +71,23 @@ ENTRY %main (a: bf16[16,8,32], b: bf16[16,32,128]) -> bf16[16,8,128] {
   assert program.walk(text)['flops'] == 16 * 2 * 8 * 32 * 128
 
 
+def test_products_of_a_gpu_library():
+  text = '''HloModule m
+
+ENTRY %main (a: bf16[8,32], b: bf16[32,64], q: bf16[2,6,3,8], k: bf16[2,4,3,8]) -> bf16[8,64] {
+  %a = bf16[8,32]{1,0} parameter(0)
+  %b = bf16[32,64]{1,0} parameter(1)
+  %q = bf16[2,6,3,8]{3,2,1,0} parameter(2)
+  %k = bf16[2,4,3,8]{3,2,1,0} parameter(3)
+  %f = (bf16[2,6,3,8]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax"
+  %c = (bf16[8,64]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %d = bf16[8,64]{1,0} get-tuple-element(%c), index=0
+}
+'''
+  assert program.walk(text)['flops'] == 2 * 8 * 32 * 64 + (
+      2 * 2 * (2 * 6 * 3 * 8) * 4)
+
+
 def test_asynchronous_collectives_count_what_comes_out():
   text = '''HloModule m
 

@@ -58,6 +58,12 @@ def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
     [B, T, H, h] in v's dtype. A query that may look nowhere gets the mean of v.
   """
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+  if _flash(q, k, bias, softcap):
+    if mask is not None:
+      mask = for_keys(mask, k.shape[1], True)
+    return jax.nn.dot_product_attention(
+        q, k.astype(q.dtype), v.astype(q.dtype), mask=mask, scale=scale,
+        implementation='cudnn').astype(v.dtype)
   groups = q.shape[2] // k.shape[2]
   if groups > 1:
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
@@ -72,6 +78,18 @@ def attention(q, k, v, mask=None, bias=None, scale=None, softcap=None):
     s = jnp.where(for_keys(mask, k.shape[1], True), s, jnp.finfo(s.dtype).min)
   w = jax.nn.softmax(s, axis=-1).astype(v.dtype)
   return jnp.einsum('bhts,bshd->bthd', w, v)
+
+
+def _flash(q, k, bias, softcap):
+  """Whether cuDNN reads attention without the scores in memory.
+
+  On an NVIDIA GPU, in half precision alone. Measured elsewhere: on CPU the
+  plain form below is the faster one.
+  """
+  return (jax.default_backend() == 'gpu' and bias is None and softcap is None
+          and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
+          and q.shape[-1] % 8 == 0 and q.shape[1] % 2 == 0
+          and k.shape[1] % 2 == 0 and q.shape[1] > 1)
 
 
 def for_keys(x, keys, value):

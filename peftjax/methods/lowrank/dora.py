@@ -38,6 +38,7 @@ import jax.numpy as jnp
 
 from peftjax import sites as sites_lib
 from peftjax.methods.lowrank.lora import dropped, lora
+from peftjax.ops import products
 
 EXAMPLE = dict(rank=2, alpha=4.0)
 
@@ -82,7 +83,7 @@ def dora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
     xk = y if h is x else f(h)
     if 'bias' in ctx.params:
       xk -= ctx.params['bias'].astype(y.dtype)
-    return y + t['change'] * xk + ctx.dot(h, t['a']) @ t['b']
+    return y + t['change'] * xk + products.thin(ctx.dot(h, t['a']), t['b'])
 
   def count(site):
     return base.count(site) + site.params['kernel'].shape[1]

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from peftjax import sites as sites_lib
 from peftjax import trees
 from peftjax.method import Method, nearest
+from peftjax.ops import products
 
 EXAMPLE = dict(rank=2, alpha=4.0)
 SCALINGS = ('lora', 'rslora')
@@ -75,7 +76,7 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
 
   def layer(f, x, t, ctx):
     h = dropped(x, dropout, ctx)
-    return f(x) + t['scale'] * (ctx.dot(h, t['a']) @ t['b'])
+    return f(x) + products.low_rank(ctx.dot(h, t['a']), t['b'], t['scale'])
 
   def count(site):
     return rank_of(site.path) * sum(site.params['kernel'].shape)
