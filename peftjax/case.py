@@ -160,13 +160,14 @@ def shapes(config, classes=None):
   if classes is None and module.HEAD != 'lm':
     try:
       classes = module.outputs(_open(config.data, 'train'))
-    except (OSError, ValueError) as e:
+    except (ImportError, OSError, ValueError) as e:
       logging.warning('the data cannot be opened, so the head is as large as '
                       'the base says: %s', e)
   head = spec.head or module.HEAD
   base = _base(config, bases.shapes, head, classes)
   base_lib.must_take(base.model, module.CALL, spec.name)
-  classes = getattr(base.model, 'classes', None) if classes is None else classes
+  if classes is None and module.HEAD != 'lm':
+    classes = base.model.classes
   task = module.task(
       spec, Source((), module.KINDS[0], (), '', 'no data'), classes, base)
   return Case(task, base, head, classes, dict(train={

@@ -61,7 +61,8 @@ def evaluator(model, methods, arrays, batch, mesh=None, task=None):
 
   def sums(params, theta, batch):
     args, kwargs = task.inputs(batch)
-    out, _ = apply(model, methods, params, theta, *args, **kwargs)
+    with sharding.rows_stay(mesh, len(batch['valid'])):
+      out, _ = apply(model, methods, params, theta, *args, **kwargs)
     loss, weight = task.loss(out, batch)
     # Filled-up rows may hold anything, NaN too: chosen away, not multiplied.
     loss = jnp.where(batch['valid'], loss, 0).sum()

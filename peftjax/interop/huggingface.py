@@ -225,7 +225,7 @@ def _read(source, entries, shapes, new, dtype, shardings):
   def part(path, shape, index):
     """One unrolled leaf, or the part of it that `index` names."""
     if path in new:
-      return np.asarray(new[path])[index]
+      return np.asarray(new[path])[index].astype(dtype)
     tensor = entries[path]
     inner = index[1:] if tensor.stacked else index
     names = tensor.names[index[0]] if tensor.stacked else tensor.names
