@@ -34,8 +34,12 @@ COLUMNS = {
     '/ PEFT': lambda r: _ratio(r, 'torch_ratio', 'torch_quartiles'),
     'GFLOP': lambda r: f'{r["gflop"]:.2f}',
     '/ bound': lambda r: f'{r["flop_ratio"]:.3f}' if 'flop_ratio' in r else '',
+    'of a product': lambda r: f'{r["share_of_product"]:.2f}'
+                              if 'share_of_product' in r else '',
     'temp MiB': lambda r: f'{r["temp"] / _MB:.0f}',
     'peak MiB': lambda r: f'{r["peak"] / _MB:.0f}',
+    'PEFT peak MiB': lambda r: f'{r["torch_peak"] / _MB:.0f}'
+                               if r.get('torch_peak') else '',
     'weight-shaped MiB': lambda r: f'{r["weight_shaped"] / _MB:.1f}',
     'all-reduce MiB': _traffic}
 

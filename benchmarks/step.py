@@ -211,6 +211,19 @@ def costs(arm, kernel_shapes):
           a.bytes for a in p.made(kernel_shapes)))
 
 
+def rate(products=8192):
+  """FLOP/s of one large matrix product in the dtype of the computation."""
+  a = jnp.ones((products, products), jnp.dtype(_DTYPE.value))
+  dot = jax.jit(lambda a, b: a @ b)
+  dot(a, a).block_until_ready()
+  times = []
+  for _ in range(10):
+    start = time.perf_counter()
+    dot(a, a).block_until_ready()
+    times.append(time.perf_counter() - start)
+  return 2 * products**3 / statistics.median(times)
+
+
 def ratio(pairs):
   """{ratio, quartiles} of (a, b) pairs, as b / a."""
   found = sorted(b / a for a, b in pairs)
@@ -347,7 +360,12 @@ def main(argv):
     for name, kinds in traffic(names).items():
       rows[name]['collectives'] = kinds
   device = jax.devices()[0]
+  speed = rate(8192 if gpu else 2048) if _TIME.value else None
+  for row in rows.values():
+    if speed and 'seconds' in row:
+      row['share_of_product'] = row['gflop'] * 1e9 / row['seconds'] / speed
   result = dict(
+      product_gflop_per_s=speed and speed / 1e9,
       model=_MODEL.value, batch=_BATCH.value, tokens=_TOKENS.value,
       dtype=_DTYPE.value, scan=_SCAN.value, pairs=_PAIRS.value,
       cpus=len(os.sched_getaffinity(0)), load=os.getloadavg()[0],

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax.data.builders import prepared
 from peftjax.data.examples import Examples
 
 
@@ -36,6 +35,8 @@ def load_split(name, split, size=32):
   Raises:
     ValueError: unknown set or split, or a label outside the label set.
   """
+  # Here, since it brings tensorflow_datasets along.
+  from peftjax.data.builders import prepared
   builder = prepared(name)
   splits = list(builder.info.splits)
   if split not in splits:

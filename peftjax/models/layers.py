@@ -19,9 +19,34 @@ def quick_gelu(x):
   return x * jax.nn.sigmoid(1.702 * x)
 
 
+@jax.custom_jvp
+def gelu(x):
+  """x Phi(x), Phi the normal distribution's; at least in float32 inside.
+
+  By erf, not by erfc as `jax.nn.gelu`: a third of the time on a CPU. The
+  difference, 1e-6 at most, is as between other libraries.
+  """
+  return _gelu(x)[0].astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  y, slope = _gelu(x)  # the slope is all that the way back needs
+  return y.astype(x.dtype), dx * slope.astype(x.dtype)
+
+
+def _gelu(x):
+  """(gelu, its derivative), not below float32."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  share = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+  density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+  return x * share, share + x * density
+
+
 # By the names that checkpoints' config files use.
 ACTIVATIONS = {
-    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu': gelu,
     'gelu_new': jax.nn.gelu,
     'gelu_pytorch_tanh': jax.nn.gelu,
     'quick_gelu': quick_gelu,
