@@ -17,16 +17,17 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 
 from absl import logging
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from peftjax import config as config_lib
+from peftjax import distributed
 from peftjax import trees
 
 FORMAT = 1
@@ -35,27 +36,51 @@ FORMAT = 1
 # ------------------------------------------------------------------- folders
 @contextlib.contextmanager
 def workdir(path):
-  """Makes a folder to work in, and keeps other processes out of it meanwhile.
+  """Makes a folder to work in, and keeps other runs out of it meanwhile.
 
   Raises:
-    ValueError: it cannot be written, or another process works in it.
+    ValueError: it is no folder, cannot be written, or is not the same for all
+      processes of a run; or another run works in it.
   """
+  path = os.fspath(path)
+  if '://' in path:
+    raise ValueError(f'workdir {path!r}: expected a folder; a bucket is one '
+                     'where it is mounted')
   try:
     os.makedirs(path, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
       pass
-    lock = open(os.path.join(path, '.lock'), 'w')
+    lock = open(os.path.join(path, '.lock'), 'a+', encoding='utf-8')
   except OSError as e:
     raise ValueError(f'workdir {path!r} cannot be written: {e}; choose a '
                      'folder that can be, by --workdir') from e
   with lock:
-    if jax.process_index() == 0:
+    if distributed.is_chief():
       try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except OSError as e:
         raise ValueError(f'workdir {path!r} is in use by another process; wait '
                          'for it, or choose another by --workdir') from e
+    if jax.process_count() > 1:
+      _check_shared(path)
     yield os.path.abspath(path)
+
+
+def _check_shared(path):
+  """Raises in all processes unless what the chief writes is there for all."""
+  mark = os.path.join(path, '.shared')
+  if distributed.is_chief():
+    with open(mark, 'w', encoding='utf-8') as f:
+      f.write(str(secrets.randbelow(2 ** 31)))
+  distributed.all_of(True)  # it is written
+  try:
+    with open(mark, encoding='utf-8') as f:
+      seen = int(f.read())
+  except (OSError, ValueError):
+    seen = -1
+  if not distributed.same(seen):
+    raise ValueError(f'workdir {path!r} is not the same folder for all '
+                     'processes: choose one of a file system that they share')
 
 
 @contextlib.contextmanager
@@ -72,9 +97,15 @@ def manager(path, keep):
   if before == logging.INFO:  # orbax says dozens of lines a save
     logging.set_verbosity(logging.WARNING)
   try:
-    with ocp.CheckpointManager(
-        os.path.join(path, 'checkpoints'), options=options) as found:
+    found = ocp.CheckpointManager(
+        os.path.join(path, 'checkpoints'), options=options)
+    try:
       yield found
+    except BaseException:
+      if jax.process_count() == 1:  # others may never come to close theirs
+        found.close()
+      raise
+    found.close()
   finally:
     logging.set_verbosity(before)
 
@@ -92,10 +123,8 @@ def _stored(flat):
 
 
 def _digest(flat):
-  """Fingerprint of the arrays; '' where other processes hold parts of them."""
-  if not all(v.is_fully_addressable for v in flat.values()):
-    return ''
-  return trees.fingerprint({n: np.asarray(v) for n, v in flat.items()})
+  """Fingerprint of the arrays, however many devices and processes hold them."""
+  return trees.fingerprint(flat)
 
 
 def _seal(meta):
@@ -161,16 +190,23 @@ def restore(found, abstract, config, base):
 
 
 def _attempt(found, step, read):
+  out, error = None, None
   try:
-    return read()
+    out = read()
   except Exception as e:  # pylint: disable=broad-except
     # Whatever a damaged file makes orbax raise: there are many kinds.
-    text = str(e).split('\n', 1)[0][:300]
+    error = e
+  if distributed.all_of(error is None):
+    return out
+  text = str(error).split('\n', 1)[0][:300]
+  if distributed.is_chief():
     place = _set_aside(found, step)
     logging.warning(
         'checkpoint %s cannot be read and was moved to %s (%s: %s); falling '
-        'back to the one before', step, place, type(e).__name__, text)
-    return None
+        'back to the one before', step, place, type(error).__name__, text)
+  distributed.all_of(True)  # it was moved
+  found.reload()
+  return None
 
 
 def _set_aside(found, step):
@@ -178,7 +214,6 @@ def _set_aside(found, step):
   os.makedirs(folder, exist_ok=True)
   place = tempfile.mkdtemp(prefix=f'{step}-', dir=folder)
   shutil.move(os.path.join(found.directory, str(step)), place)
-  found.reload()
   return place
 
 

@@ -8,7 +8,7 @@ FILE = 'metrics.jsonl'
 
 
 @contextlib.contextmanager
-def writer(workdir, step, events=True):
+def writer(workdir, step, chief=True):
   """Yields write(step, {name: number}), which appends to both.
 
   What an earlier run wrote after `step` is dropped: those steps are done again.
@@ -16,15 +16,16 @@ def writer(workdir, step, events=True):
   Args:
     workdir: Folder of 'metrics.jsonl' and of the events.
     step: The step that the run goes on from.
-    events: Whether to write TensorBoard events.
+    chief: False writes nothing: another process does.
   """
+  if not chief:
+    yield lambda step, values: None
+    return
+  import tensorboardX  # slow to import
   path = os.path.join(workdir, FILE)
   seen = _drop_after(path, step)
-  board = None
-  if events:
-    import tensorboardX  # slow to import
-    board = tensorboardX.SummaryWriter(
-        os.path.join(workdir, 'tensorboard'), purge_step=step + 1)
+  board = tensorboardX.SummaryWriter(
+      os.path.join(workdir, 'tensorboard'), purge_step=step + 1)
   with open(path, 'a', encoding='utf-8') as f:
 
     def write(step, values):
@@ -34,15 +35,13 @@ def writer(workdir, step, events=True):
       seen.add(line)
       f.write(json.dumps(dict(step=step, **values)) + '\n')
       f.flush()
-      if board:
-        for name, value in values.items():
-          board.add_scalar(name, value, step)
+      for name, value in values.items():
+        board.add_scalar(name, value, step)
 
     try:
       yield write
     finally:
-      if board:
-        board.close()
+      board.close()
 
 
 def read(workdir):

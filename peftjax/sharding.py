@@ -27,12 +27,15 @@ def make_mesh(config, devices=None):
   Args:
     config: `config.mesh`: sizes of 'data' and 'model'; one may be -1, which is
       what the other leaves of the devices.
-    devices: Devices to use; by default all. Their first data * model are taken.
+    devices: Devices to use; by default all, one process' after another's. Their
+      first data * model are taken.
 
   Raises:
     ValueError: a size that does not fit the number of devices.
   """
-  devices = jax.devices() if devices is None else list(devices)
+  if devices is None:  # whose ids need not go by process
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  devices = list(devices)
   n, sizes = len(devices), dict(config)
   for name in sizes:
     if name not in AXES:
@@ -97,6 +100,36 @@ def rows_stay(mesh, rows):
 
   return nn.intercept_methods(lambda f, args, kwargs, context: jax.tree.map(
       place, f(*args, **kwargs)))
+
+
+def data_shard(mesh):
+  """(i, n): this process reads the i-th of n parts of every batch.
+
+  Processes whose devices share rows of the 'data' axis, as those of a 'model'
+  axis over several processes do, read the same part.
+
+  Raises:
+    ValueError: a process without a device in the mesh, or parts that overlap.
+  """
+  rows = {p: set() for p in range(jax.process_count())}
+  for i, row in enumerate(mesh.devices):
+    for device in row:
+      rows[device.process_index].add(i)
+  shape = ' x '.join(f'{name}={n}' for name, n in mesh.shape.items())
+  without = [p for p, own in rows.items() if not own]
+  if without:
+    raise ValueError(
+        f'mesh {shape}: process {without[0]} has none of its {mesh.size} '
+        f'devices, out of {jax.device_count()}; take data=-1 for all, or start '
+        'fewer processes')
+  parts = sorted({tuple(sorted(own)) for own in rows.values()})
+  if (len({len(p) for p in parts}) > 1
+      or sum(map(len, parts)) != mesh.shape['data']):
+    raise ValueError(
+        f'mesh {shape}: the {jax.local_device_count()} devices of a process do '
+        'not hold whole rows of it; expected a model axis that divides them, '
+        'or a multiple of them')
+  return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def check_batch(mesh, batch):

@@ -92,8 +92,11 @@ def start(run, stage, theta, step):
   """The state at the beginning of a stage, on the devices."""
   tx, _, at = layout(run, stage, theta)
   make = functools.partial(fresh, run, stage, tx)
+  if jax.process_count() > 1:  # all of them have made the same
+    theta = sharding.put_global(
+        theta, theta_lib.combine(at['trained'], at['frozen']))
   return jax.jit(make, out_shardings=at)(
-      theta, jax.random.key_data(run.key), np.int32(step))
+      theta, np.asarray(jax.random.key_data(run.key)), np.int32(step))
 
 
 def abstract(run, stage):

@@ -3,12 +3,14 @@
   python -m peftjax.train --config=experiments/quickstart/lora_kmnist.py \
       --workdir=runs/lora [--config.optim.lr=3e-3 ...]
 
+and with --coordinator or --distributed, by several processes (distributed.py).
+
 Writes into the work folder: checkpoints, metrics.jsonl, TensorBoard events, and
 at the end summary.json and the folder adapter/. The same command again goes on
 from the newest checkpoint and ends in the same theta, bit for bit; so does one
 that was killed. SIGTERM saves a checkpoint and exits with code 0; a number that
-is not finite stops the run with code 1 and is never saved. What one step does
-stands in step.py.
+is not finite stops the run with code 1 and is never saved. Of several processes
+all stop at the same step. What one step does stands in step.py.
 """
 
 import collections
@@ -31,6 +33,7 @@ from peftjax import artifact
 from peftjax import case as case_lib
 from peftjax import checkpoint
 from peftjax import config as config_lib
+from peftjax import distributed
 from peftjax import metrics as metrics_lib
 from peftjax import phases
 from peftjax import progress as progress_lib
@@ -125,7 +128,7 @@ def conclude(workdir, run, stage, case, state, clock, **found):
   """
   config, mesh, base = run.config, run.mesh, case.base.params
   said = config_lib.to_json(config)
-  theta = step_lib.best(state)
+  theta = distributed.whole(step_lib.best(state))
   trained, _ = theta_lib.partition(stage.methods, theta)
   adapter = os.path.join(workdir, ADAPTER)
   summary = dict(
@@ -139,7 +142,7 @@ def conclude(workdir, run, stage, case, state, clock, **found):
       adapter=adapter, config=said, versions=versions(),
       devices=[f'{len(mesh.devices.flat)} x '
                f'{mesh.devices.flat[0].device_kind}'])
-  if jax.process_index() == 0:
+  if distributed.is_chief():
     artifact.save_adapter(
         adapter, stage.methods, theta, run.sites, base, base=dict(
             weights=config.model.weights, classes=case.classes,
@@ -179,6 +182,7 @@ def train(config, workdir, progress=True, cache=None):
     FloatingPointError: a loss or an update that is not finite.
   """
   config_lib.check(config)
+  distributed.check_same('the config', json.dumps(config_lib.to_json(config)))
   with checkpoint.workdir(workdir) as place, checkpoint.manager(
       place, config.keep) as saved, on_sigterm() as stopped:
     return _train(config, place, progress, cache, saved, stopped)
@@ -192,7 +196,7 @@ def _train(config, workdir, progress, cache, saved, stopped):
   # ---------------------------------------------------------------------- data
   row, held_out = case.sample('train'), case.arrays[config.eval_split]
   batches, lengths = case_lib.batches(
-      config, case.arrays['train'], jax.process_index(), jax.process_count())
+      config, case.arrays['train'], *sharding.data_shard(mesh))
   # What is in memory is gathered when it is asked for, and not before.
   batches = stream.DevicePrefetch(
       batches, sharding.batch_sharding(mesh), 2 if config.data.stream else 0)
@@ -233,7 +237,8 @@ def _train(config, workdir, progress, cache, saved, stopped):
     return finished
 
   # ---------------------------------------------------------------------- loop
-  chief = jax.process_index() == 0
+  chief = distributed.is_chief()
+  stopped = distributed.together(stopped, mesh, LAG)
   with metrics_lib.writer(workdir, step, chief) as write, (
       progress_lib.reporter(config.steps, step, progress and chief)) as (
           advance, say):
@@ -242,7 +247,7 @@ def _train(config, workdir, progress, cache, saved, stopped):
     for index in range(first, len(stages)):
       stage = stages[index]
       if index > first:
-        theta = stage.convert(step_lib.theta_of(state),
+        theta = stage.convert(distributed.whole(step_lib.theta_of(state)),
                               jax.random.fold_in(run.key, index), sites)
         state = step_lib.start(run, stage, theta, step)
         evaluate = evaluate_with(stage)
@@ -358,11 +363,13 @@ def _not_finite(run, stage, tx, state, step, batch, saved):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}; see --help')
-  try:
-    train(_CONFIG.value, _WORKDIR.value)
-  except (OSError, ValueError, FloatingPointError) as e:
-    logging.debug('where it was raised', exc_info=True)  # with --verbosity=1
-    raise SystemExit(f'train: {e}') from e
+  with distributed.one_for_all():
+    try:
+      distributed.start(**{f: flags.FLAGS[f].value for f in distributed.FLAGS})
+      train(_CONFIG.value, _WORKDIR.value)
+    except (OSError, ValueError, FloatingPointError) as e:
+      logging.debug('where it was raised', exc_info=True)  # with --verbosity=1
+      raise SystemExit(f'train: {e}') from e
 
 
 if __name__ == '__main__':
@@ -371,4 +378,5 @@ if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string(
       'workdir', None, 'Folder to work in.', required=True)
   flags.mark_flag_as_required('config')
+  distributed.define_flags()
   app.run(main)

@@ -6,6 +6,7 @@ import re
 
 from flax import traverse_util
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -171,7 +172,8 @@ def fingerprint(params, most=2 ** 26):
   """SHA-256 over the paths, shapes, dtypes and bytes of a tree of arrays.
 
   Args:
-    params: Nested mapping of arrays, on the host or on devices.
+    params: Nested mapping of arrays, on the host or on devices. Of arrays of
+      which other processes hold parts, all processes have to ask.
     most: Bytes of an array on devices that are on the host at a time; only a
       single row along the first axis may be larger.
   """
@@ -189,8 +191,10 @@ def fingerprint(params, most=2 ** 26):
 def _rows(value, most):
   """An array in parts along its first axis, on the host; see `fingerprint`."""
   n = len(value) if value.ndim else 0
-  if (isinstance(value, np.ndarray) or n < 2 or value.nbytes <= most
-      or not value.is_fully_addressable):
+  if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    yield multihost_utils.process_allgather(value, tiled=True)
+    return
+  if isinstance(value, np.ndarray) or n < 2 or value.nbytes <= most:
     yield np.asarray(value)
     return
   step = max(1, n * most // value.nbytes)
