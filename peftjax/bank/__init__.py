@@ -174,9 +174,8 @@ def _train(configs, said, workdir, progress, cache, saved, stopped):
         f'{config.steps}, {len(names)} members')
     pace = step_lib.pace_of(runs, stage)
     tick = time.perf_counter()
-    lowered, tx = step_lib.lower_step(
-        run, stage, state, shared, case.sample('train'), pace)
-    compiled = lowered.compile()
+    compiled = step_lib.lower_step(
+        run, stage, state, shared, case.sample('train'), pace).compile()
     clock['peak_bytes'] = run_step.peak_bytes(compiled)
     clock['compile_seconds'] += time.perf_counter() - tick
     pending = collections.deque()
@@ -198,7 +197,7 @@ def _train(configs, said, workdir, progress, cache, saved, stopped):
         for i in np.flatnonzero(values.pop('bad') >= 0).tolist():
           if i not in errors:
             errors[i] = dict(step=done - 1, error=_not_finite(
-                runs[i], stage, tx, member(state, i), done - 1,
+                runs[i], stage, member(state, i), done - 1,
                 {k: v[i] for k, v in batch.items()}))
             say(f'{names[i]}: {errors[i]["error"]}')
         if done % config.log_every == 0 or done == config.steps:
@@ -255,7 +254,8 @@ def _first_thetas(runs, stage, base):
     yield theta
 
 
-def _not_finite(run, stage, tx, state, step, batch):
+def _not_finite(run, stage, state, step, batch):
+  tx, *_ = run_step.layout(run, stage, run_step.theta_of(state))
   where = run_step.blame(run, stage, tx, state, step, batch)
   return (f'not finite in step {step} (counted from 0): first {where}. This '
           f'member stopped there. Lower optim.lr ({run.config.optim.lr}) or '

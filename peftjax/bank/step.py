@@ -144,11 +144,11 @@ def lower_step(run, stage, state, shared, arrays, pace):
     pace: From `pace_of`.
 
   Returns:
-    (lowered step, optimiser of one member). The step is `(state, params, batch,
-    pace) -> (state, metrics)` with batches [K, B, ...] and metrics [K].
+    The lowered step, `(state, params, batch, pace) -> (state, metrics)` with
+    batches [K, B, ...] and metrics [K].
   """
   k, b = len(state['step']), run.config.batch
-  tx, _, at = layout(run, stage, _one_theta(state, shared), shared, k)
+  _, _, at = layout(run, stage, _one_theta(state, shared), shared, k)
   place = batch_sharding(run.mesh)
   batch = {n: jax.ShapeDtypeStruct(
       (k, b, *v.shape[1:]), v.dtype, sharding=place) for n, v in arrays.items()}
@@ -157,4 +157,4 @@ def lower_step(run, stage, state, shared, arrays, pace):
       run_step.make_step(run, stage), (axes, None, 0, 0), (axes, 0))
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(
       at, sharding.replicated(run.mesh)))
-  return jitted.lower(state, run.params, batch, pace), tx
+  return jitted.lower(state, run.params, batch, pace)
