@@ -56,7 +56,7 @@ def steps(name, members, batch):
   one, _ = run_step.compile_step(run, stage, states[0], row)
   state, shared = bank_step.start(runs, stage, map(theta, runs))
   pace = bank_step.pace_of(runs, stage)
-  many = bank_step.lower_step(run, stage, state, shared, row, pace)[0].compile()
+  many = bank_step.lower_step(run, stage, state, shared, row, pace).compile()
   put = lambda v: jax.device_put(v, run.mesh.devices.flat[0])
   stacked = {k: np.stack([b[k] for b in batches]) for k in batches[0]}
   return dict(
@@ -103,10 +103,10 @@ def main(argv):
           for name in _METHODS.value]
   table = rich_table.Table(
       title=f'{k} adapters of vit_s, {_BATCH.value} images each, '
-      f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
-  for column in ('method', f'{k} single steps, ms', 'one bank step, ms',
-                 'ratio', 'quartiles', 'FLOPs ratio', 'arguments, MiB',
-                 'temp, MiB (single)'):
+      f'{jax.devices()[0].device_kind}, jax {jax.__version__}; FLOPs as a '
+      'ratio, bytes of a single step in brackets')
+  for column in ('method', f'{k} steps, ms', 'bank, ms', 'ratio', 'quartiles',
+                 'FLOPs', 'args MiB', 'temp MiB'):
     table.add_column(column, justify='left' if column == 'method' else 'right')
   for row in rows:
     mib = lambda key, side, row=row: f'{row[key][side] / 2**20:.0f}'
@@ -115,8 +115,8 @@ def main(argv):
                          for s in ('single', 'bank')),
         f'{row["ratio"]:.2f}', '{:.2f} to {:.2f}'.format(*row['quartiles']),
         f'{row["flops"]["bank"] / (k * row["flops"]["single"]):.3f}',
-        mib('argument_bytes', 'bank'),
-        f'{mib("temp_bytes", "bank")} ({mib("temp_bytes", "single")})')
+        *(f'{mib(key, "bank")} ({mib(key, "single")})'
+          for key in ('argument_bytes', 'temp_bytes')))
   rich_print(table)
   if _OUT.value:
     with open(_OUT.value, 'w', encoding='utf-8') as f:
