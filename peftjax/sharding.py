@@ -19,6 +19,7 @@ from peftjax import views as views_lib
 from peftjax.method import nearest, SHARED
 
 AXES = ('data', 'model')
+_STREAM = ('embed', 'join')  # hooks that return the residual stream
 
 
 def make_mesh(config, devices=None):
@@ -81,25 +82,34 @@ def rows_stay(mesh, rows):
 
   Where the base is split over 'data' too, XLA else takes the other way to
   multiply: it leaves kernels as they lie, splits activations as the kernels'
-  inputs, gives every device all examples, and adds up the outputs. Says where
-  numbers lie, never what they are.
+  inputs, gives every device all examples, and adds up the outputs. The residual
+  stream and what norms make of it stay whole in width: a method that works on
+  parts of it (blocks of a rotation) else has it split over 'model', and put
+  together again before every kernel. Says where numbers lie, never what they
+  are.
 
   Args:
     mesh: From `make_mesh`.
     rows: Examples in the batch; arrays with another first axis are left alone.
   """
-  if mesh.shape['data'] == 1:
+  if mesh.size == 1:
     return contextlib.nullcontext()
 
-  def place(y):
-    if not hasattr(y, 'shape') or y.shape[:1] != (rows,):
-      return y
-    rest = (PartitionSpec.UNCONSTRAINED,) * (len(y.shape) - 1)
-    return jax.lax.with_sharding_constraint(
-        y, NamedSharding(mesh, PartitionSpec('data', *rest)))
+  def keep(f, args, kwargs, context):
+    norm = 'Norm' in type(context.module).__name__
 
-  return nn.intercept_methods(lambda f, args, kwargs, context: jax.tree.map(
-      place, f(*args, **kwargs)))
+    def place(y):
+      if not hasattr(y, 'shape') or y.shape[:1] != (rows,):
+        return y
+      # Heads, which may be split, have norms as well, with an axis more.
+      whole = context.method_name in _STREAM or norm and len(y.shape) < 4
+      other = None if whole else PartitionSpec.UNCONSTRAINED
+      return jax.lax.with_sharding_constraint(y, NamedSharding(
+          mesh, PartitionSpec('data', *[other] * (len(y.shape) - 1))))
+
+    return jax.tree.map(place, f(*args, **kwargs))
+
+  return nn.intercept_methods(keep)
 
 
 def data_shard(mesh):
