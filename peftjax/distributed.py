@@ -40,8 +40,8 @@ def define_flags():
   flags.DEFINE_integer(
       'process_id', None, 'Which of them this one is, counted from 0.')
   flags.DEFINE_bool(
-      'distributed', False, 'Several processes that jax finds itself: TPU pods, '
-      'Slurm, GKE.')
+      'distributed', False,
+      'Several processes that jax finds itself: TPU pods, Slurm, GKE.')
   flags.DEFINE_integer(
       'heartbeat_timeout', 100, 'Seconds without a sign of life after which a '
       'process counts as dead, and all others end.', lower_bound=1)

@@ -12,7 +12,7 @@ import pytest
 from experiments import common
 from experiments.e2e import lora as e2e_lora
 from experiments.glue import lora as glue_lora
-from experiments.scale import llama3_8b, vit_l
+from experiments.scale import llama3_8b, table, vit_l
 from peftjax import case as case_lib
 from peftjax import compile as compile_lib
 from peftjax import topologies
@@ -202,6 +202,31 @@ def test_sweep_ends_where_everything_fits():
     ('Used 512.00M of 15.75G hbm.', 0.5), ('out of memory', None)])
 def test_what_xla_says_it_needs(text, gib):
   assert compile_lib.needed(text) == (gib and int(gib * 2**30))
+
+
+# ----------------------------------------------------------------------- table
+def test_the_table_tells_activations_from_theta(monkeypatch):
+  moved = lambda kind, *shape: dict(kind=kind, shape=shape, bytes=2**20)
+  base = dict(
+      batch=16, mesh=dict(data=4), trained=7, flops=1e12, theta_bytes=2**20,
+      theta_bytes_here=2**18, moved=[
+          moved('all-reduce', 4, 2048, 4096), moved('all-gather', 1, 4096, 256),
+          moved('all-reduce', 4096)],
+      memory=dict(arguments=2**30, temp=2**31, peak=3 * 2**30))
+  more = base | dict(moved=base['moved'] + [
+      moved('all-reduce', 8192, 16), moved('collective-permute', 1024, 16)])
+  none = {k: v for k, v in base.items() if k not in ('memory', 'moved')}
+  records = dict(norms=base, lora=more, oft=none | dict(
+      refusal='RESOURCE_EXHAUSTED', needed=20 * 2**30))
+  monkeypatch.setattr(
+      table, 'read', lambda model, method, topology: records.get(method))
+  memory, sent = table.rows('v5e:4x4', 'llama3_8b')
+  assert [m['peak'] for m in memory] == [
+      '3.00', '3.00', 'more than fits (20.00)']
+  assert [(s['pieces'], s['gradients'], s['activations']) for s in sent] == [
+      ('1.0', '1.0', '1.0'), ('2.0', '1.0', '2.0')]
+  assert [s['pieces, more'] for s in sent] == ['', '+1']
+  assert sent[1]['gradients, more'] == '+0'
 
 
 # ------------------------------------------------------------------- bad input

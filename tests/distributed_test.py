@@ -78,8 +78,11 @@ def get_config(arg=None):
 '''
 
 
-def launch(config, workdir, devices=1, fail=None, **more):
-  """[(exit code, output)] of two processes; fail: what the second one does."""
+def launch(config, workdir, devices=1, fail=None, slurm=False):
+  """[(exit code, output)] of two processes.
+
+  fail: what the second one does; slurm: as srun starts them, without addresses.
+  """
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
@@ -89,11 +92,16 @@ def launch(config, workdir, devices=1, fail=None, **more):
         f'--xla_force_host_platform_device_count={devices}'))
     if i and fail:
       env['TEST_FAIL'] = fail
+    how = [f'--coordinator=localhost:{port}', '--num_processes=2',
+           f'--process_id={i}']
+    if slurm:
+      how = ['--distributed']
+      env |= dict(SLURM_JOB_ID=str(port), SLURM_STEP_NODELIST='localhost',
+                  SLURM_NTASKS='2', SLURM_PROCID=str(i), SLURM_LOCALID=str(i),
+                  SLURM_STEP_NUM_NODES='1')
     started.append(subprocess.Popen(
         [sys.executable, '-m', 'peftjax.train', f'--config={config}',
-         f'--workdir={workdir}', f'--coordinator=localhost:{port}',
-         '--num_processes=2', f'--process_id={i}', '--heartbeat_timeout=20',
-         *(f'--{k}={v}' for k, v in more.items())],
+         f'--workdir={workdir}', '--heartbeat_timeout=20', *how],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
   end, out = time.monotonic() + LIMIT, []
@@ -139,7 +147,7 @@ def test_two_processes_fail_stop_and_go_on_as_one(tiny_weights, tmp_path):
 
   # The same command goes on; here with four devices that are one model axis.
   (code, text), (other, said) = launch(
-      f'{file}:mesh.data=1,mesh.model=4', workdir, devices=2)
+      f'{file}:mesh.data=1,mesh.model=4', workdir, devices=2, slurm=True)
   assert (code, other) == (0, 0), text + said
   assert f'going on from step {stop}' in text and 'accuracy' not in said
   lines = [v['step'] for v in metrics.read(workdir) if 'loss' in v]
@@ -179,7 +187,8 @@ def test_two_processes_fail_stop_and_go_on_as_one(tiny_weights, tmp_path):
      '--num_processes=0: expected 1 or more'),
     (dict(coordinator='a:1', num_processes=2, process_id=2),
      '--process_id=2 with 2 processes: expected 0 to 1'),
-    (dict(coordinator='a:1', num_processes=2, process_id=-1), 'expected 0 to 1')])
+    (dict(coordinator='a:1', num_processes=2, process_id=-1),
+     'expected 0 to 1')])
 def test_flags_that_do_not_go_together_are_refused(flags, words):
   with pytest.raises(ValueError, match=words):
     distributed.start(**flags)
@@ -200,7 +209,7 @@ def test_devices_must_be_met_before_they_are_used():
 
 
 def fake(data, model, own, monkeypatch, process):
-  """A mesh over processes of `own` devices each, as process 'process' has it."""
+  """A mesh over processes of `own` devices each, as one of them has it."""
   devices = [types.SimpleNamespace(process_index=i // own)
              for i in range(data * model)]
   monkeypatch.setattr(jax, 'process_index', lambda: process)

@@ -28,7 +28,7 @@ _PAGE = os.path.join(_ROOT, 'docs', 'pods.md')
 SLICES = {
     'v5e:4x4': dict(llama3_8b='batch=16', vit_l='batch=512'),
     'v5e:16x16': dict(llama3_8b='batch=256', vit_l='batch=8192')}
-NAMES = dict(llama3_8b='Llama-3-8B, 2048 tokens', vit_l='ViT-L/16, 224 x 224')
+TOKENS = dict(llama3_8b=2048, vit_l=197)
 METHODS = dict(norms='norms', lora='LoRA', oft='OFT', boft='BOFT', full='full')
 BASE = 'norms'
 
@@ -97,26 +97,31 @@ def rows(topology, model):
         'theta': _mib(r['theta_bytes_here']), 'arguments': _gib(m['arguments']),
         'temp': _gib(m['temp']), 'peak': _gib(m['peak']),
         'TFLOP': f'{r["flops"] / 1e12:.1f}'}))
-    line = dict(first, **{'theta': _mib(r['theta_bytes'])})
-    for kinds, name in KINDS:
-      line[name] = f'{_mib(_sent(r, kinds))}'
-      base = found.get(BASE)
-      if base and 'memory' in base:
-        more = _sent(r, kinds) - _sent(base, kinds)
-        line[f'{name}, more than norms'] = (
-            '' if method == BASE else f'{more / 2**20:+,.0f}')
-    sent.append(line)
+    line, base = {'theta': _mib(r['theta_bytes'])}, found.get(BASE, {})
+    for name, amount in traffic(r, model).items():
+      known = method != BASE and 'moved' in base
+      more = amount - traffic(base, model)[name] if known else 0
+      line |= {name: _mib(amount),
+               f'{name}, more': f'{more / 2**20:+,.0f}' if known else ''}
+    sent.append(first | line)
   return memory, sent
 
 
-KINDS = ((('all-gather',), 'gathered'),
-         (('all-reduce', 'reduce-scatter'), 'summed'),
-         (('all-to-all', 'collective-permute'), 'exchanged'))
+def traffic(record, model):
+  """Bytes of the collectives of one step, by what they carry.
 
-
-def _sent(record, kinds):
-  return sum(record['collectives'].get(k, dict(bytes=0))['bytes']
-             for k in kinds)
+  Activations are known by their rows and tokens. The rest are pieces of the
+  base and of theta that are put together, and gradients of theta that are
+  summed.
+  """
+  rows = record['batch'] // record['mesh']['data']
+  tokens = {TOKENS[model], rows * TOKENS[model]}
+  out = dict.fromkeys(('pieces', 'gradients', 'activations'), 0)
+  for g in record['moved']:
+    summed = g['kind'] in ('all-reduce', 'reduce-scatter')
+    out['activations' if tokens & set(g['shape'][:3]) else
+        'gradients' if summed else 'pieces'] += g['bytes']
+  return out
 
 
 def _mib(n):
@@ -129,7 +134,7 @@ def _gib(n):
 
 def write():
   """Puts the tables of what is recorded into docs/pods.md."""
-  for model in NAMES:
+  for model in TOKENS:
     both = [rows(topology, model) for topology in SLICES]
     for i, name in enumerate(('memory', 'traffic')):
       lines = [line for pair in both for line in pair[i]]
