@@ -4,7 +4,8 @@
 
 Two steps under jax's profiler, after two that warm up; times are a step's, of
 all threads together on a CPU, by what jax calls the op and by what XLA made of
-it. Flags beside `--top` are those of benchmarks/step.py.
+it. Flags beside `--top` are those of benchmarks/step.py. On a GPU, set
+XLA_FLAGS=--xla_gpu_enable_command_buffer= so that kernels have their op's name.
 """
 
 import collections
@@ -38,13 +39,18 @@ def ops(arm):
   for plane in data.planes:
     for line in plane.lines:
       for event in line.events:
-        name = dict(event.stats).get('hlo_op', event.name)
-        if name not in lines:
+        name = event.name
+        if 'GPU' in plane.name:  # kernels, by the op that they are of
+          name = next((str(v) for k, v in event.stats if k == 'hlo_op'), name)
+        elif name not in lines:
           continue
-        where = re.search(r'op_name="([^"]*)"', lines[name])
+        text = lines.get(name, '')
+        if ' while(' in text or ' call(' in text:  # what is inside is counted
+          continue
+        where = re.search(r'op_name="([^"]*)"', text)
         where = re.sub(r'block_\d+', 'block', where[1] if where else '')
         kind = re.sub(r'[.\d]+$', '', name)
-        found[kind, lines[name].split('{')[0][:40], where[-80:]] += (
+        found[kind[:40], text.split('{')[0][:40], where[-80:]] += (
             event.duration_ns / 1e6 / STEPS)
   return found
 

@@ -245,7 +245,8 @@ def measure(names, folder):
   kept = {}
   if torch:
     kept['full'] = torch.ask('build', 'full')
-    agree(model, params, batch, torch)
+    if folder:  # else both sides have weights of their own
+      agree(model, params, batch, torch)
   for name in names:
     arm = Arm(method(name), model, params, batch) if name != 'full' else full
     row = rows.setdefault(name, costs(arm, shapes))

@@ -34,7 +34,8 @@ import jax.numpy as jnp
 
 from peftjax.method import nearest
 from peftjax.models import layers
-from peftjax.models.decoder_block import attributes, Block, Look, norm_layer
+from peftjax.models.decoder_block import attributes, Block, frequencies
+from peftjax.models.decoder_block import Look, norm_layer
 
 HEADS = (None, 'lm', 'classify', 'tag', 'pool')
 
@@ -140,11 +141,8 @@ class Decoder(nn.Module):
   def setup(self):
     self._check()
     kv_heads, head_dim = self._sizes()
-    rope = None
-    if self.position == 'rotary':
-      rope = (self.rope_theta, self.rope_scaling)
     kwargs = attributes(Block, self) | dict(
-        kv_heads=kv_heads, head_dim=head_dim, rope=rope)
+        kv_heads=kv_heads, head_dim=head_dim)
     # Tables stay float32, as the logits that a tied one makes.
     table = functools.partial(
         nn.Embed, features=self.width,
@@ -228,7 +226,11 @@ class Decoder(nn.Module):
     if self.windows is not None:
       far = jnp.iinfo(jnp.int32).max
       window = jnp.asarray([w or far for w in self.windows], jnp.int32)
-    look = Look(pairs, None if window is None else ahead, positions, start)
+    turn = None
+    if self.position == 'rotary':
+      turn = layers.turns(positions, frequencies(
+          self._sizes()[1], self.rope_theta, self.rope_scaling))
+    look = Look(pairs, None if window is None else ahead, turn, start)
     u, new = layers.run_stack(self.blocks if self.scan else self.block, u,
                               window, past, look, inputs=self.inputs)
     out = self._output(self.final_norm(u)[:, extra:], real)

@@ -23,13 +23,14 @@ class Look(NamedTuple):
 
   mask: [B, 1, T, S], True where a query may look, windows left out.
   ahead: [B, 1, T, S] positions from key to query, or None without windows.
-  positions: [B, T] of the new tokens.
+  turn: Angles of the new tokens, as `layers.turns` has them; None where
+    positions are learned.
   start: Scalar, the slot of the first new token.
   """
 
   mask: jax.Array
   ahead: Optional[jax.Array]
-  positions: jax.Array
+  turn: Optional[tuple]
   start: Any
 
 
@@ -85,7 +86,6 @@ class Attention(nn.Module):
   qk_norm: bool
   scale: Optional[float]
   softcap: Optional[float]
-  rope: Optional[tuple]  # (theta, scaling)
   norm: str
   norm_eps: float
   norm_offset: float
@@ -104,9 +104,8 @@ class Attention(nn.Module):
     q, k, v = (a.reshape(*a.shape[:-1], -1, self.head_dim) for a in (q, k, v))
     if self.qk_norm:
       q, k = norm_layer(self, 'query_norm')(q), norm_layer(self, 'key_norm')(k)
-    if self.rope is not None:
-      f = frequencies(self.head_dim, *self.rope)
-      q, k = (layers.rotary(a, look.positions, f) for a in (q, k))
+    if look.turn is not None:
+      q, k = (layers.rotary(a, look.turn) for a in (q, k))
     new = (k, v)
     if past is not None:
       k, v = (jax.lax.dynamic_update_slice_in_dim(
@@ -144,7 +143,6 @@ class Block(nn.Module):
   qk_norm: bool
   scale: Optional[float]
   softcap: Optional[float]
-  rope: Optional[tuple]
   norm: str
   norm_eps: float
   norm_offset: float

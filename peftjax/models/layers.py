@@ -141,6 +141,25 @@ def causal_mask(queries, keys, window=None):
   return (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
 
 
+def cheap(f, *args):
+  """f(*args), made again on the way back rather than kept for it.
+
+  For what takes less time to compute than to write down and read: a scanned
+  stack keeps a copy of every value for every layer. Without a scan XLA sees
+  both computations and keeps what it likes.
+  """
+  return jax.checkpoint(f, prevent_cse=False)(*args)
+
+
+def _rms_norm(x, scale, eps):
+  def norm(x, scale):
+    y = x.astype(jnp.float32)
+    return y * jax.lax.rsqrt(
+        jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale
+
+  return cheap(norm, x, scale)
+
+
 class RMSNorm(nn.Module):
   """x / rms(x) * scale in float32, over the last axis.
 
@@ -160,9 +179,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x):
     init = nn.initializers.constant(1. - self.offset)
     scale = self.param('scale', init, (x.shape[-1],)).astype(jnp.float32)
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-    return (y * (scale + self.offset)).astype(self.dtype)
+    return _rms_norm(x, scale + self.offset, self.eps).astype(self.dtype)
 
 
 class LayerScale(nn.Module):
@@ -180,22 +197,31 @@ class LayerScale(nn.Module):
     return x * self.param('scale', init, (x.shape[-1],)).astype(self.dtype)
 
 
-def rotary(x, positions, inverse_frequency):
-  """Rotates pairs (x[i], x[i + h/2]) by positions * inverse_frequency[i].
+def turns(positions, inverse_frequency):
+  """Cosines and sines of `rotary`'s angles, float32 [B, T, 1, h / 2] each.
+
+  Args:
+    positions: [B, T] or [1, T] integers.
+    inverse_frequency: [h / 2], radians a position.
+  """
+  angle = positions[..., None].astype(jnp.float32) * inverse_frequency
+  return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+
+
+def rotary(x, turn):
+  """Rotates pairs (x[i], x[i + h/2]) by the angles of a position.
 
   Args:
     x: [B, T, H, h].
-    positions: [B, T] or [1, T] integers.
-    inverse_frequency: [h / 2], radians a position.
+    turn: What `turns` returned; all layers share it.
 
   Returns:
-    Like x; the angles are in float32.
+    Like x; the arithmetic is in float32.
 
   Source: "RoFormer" (arXiv 2104.09864), with the halves of a head as pairs,
   as the checkpoints of the Llama family are stored.
   """
-  angle = positions[..., None].astype(jnp.float32) * inverse_frequency
-  cos, sin = (f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+  cos, sin = turn
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return y.astype(x.dtype)

@@ -45,7 +45,11 @@ class Mlp(nn.Module):
         n, self.mlp_bias, dtype=self.dtype, name=name)
     act = layers.activation(self.activation)
     y = dense(self.mlp_dim, 'up')(x)
-    y = act(dense(self.mlp_dim, 'gate')(x)) * y if self.gated else act(y)
+    if self.gated:
+      gate = dense(self.mlp_dim, 'gate')(x)
+      y = layers.cheap(lambda gate, y: act(gate) * y, gate, y)
+    else:
+      y = act(y)
     return dense(x.shape[-1], 'down')(y)
 
 
