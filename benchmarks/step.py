@@ -232,11 +232,13 @@ def ratio(pairs):
               quartiles=[found[n // 4], found[(3 * n) // 4]])
 
 
-def measure(names, folder):
-  """{arm: figures}, the arms' times beside those of full fine-tuning."""
+def measure(names, folder, rows, save):
+  """Fills {arm: figures}, the arms' times beside those of full fine-tuning.
+
+  save() is called after every arm: what is there survives what comes next.
+  """
   model, params = make_model(folder)
   batch = arms.batch(_MODEL.value, _BATCH.value, _TOKENS.value)
-  rows = {}
   full = Arm(method('full'), model, params, batch)
   shapes = kernels(full.sites)
   rows['full'] = costs(full, shapes)
@@ -259,9 +261,9 @@ def measure(names, folder):
     print(name, {k: v for k, v in row.items() if 'gflop' in k or k in (
         'ratio', 'torch_ratio')}, file=sys.stderr, flush=True)
     del arm
+    save()
   if torch:
     torch.close()
-  return rows
 
 
 def floor(model, params, batch):
@@ -284,8 +286,9 @@ def timed(name, arm, full, torch):
   theirs = None
   if torch:
     theirs = torch.ask('build', name)
-    if name != 'full' and 'error' not in theirs:
-      torch.ask('step', name), torch.ask('step', name)
+    for _ in range(2):
+      if 'error' not in theirs:  # else the step says why it has none
+        theirs |= torch.ask('step', name)
   for _ in range(3):
     arm.seconds()
   beside_full, beside_torch = [], []
@@ -352,31 +355,35 @@ def main(argv):
       raise app.UsageError(f'--methods: unknown arm {name!r}'
                            f'{nearest(name, known)}')
   names = ['full', *(n for n in names if n != 'full')]
-  with tempfile.TemporaryDirectory() as folder:
-    # A GPU's sizes are not written out: both sides make their own weights.
-    gpu = jax.default_backend() == 'gpu'
-    rows = measure(names, None if gpu or not _TORCH.value else
-                   os.path.join(folder, 'model'))
-  if _TRAFFIC.value:
-    for name, kinds in traffic(names).items():
-      rows[name]['collectives'] = kinds
-  device = jax.devices()[0]
+  device, gpu, rows = jax.devices()[0], jax.default_backend() == 'gpu', {}
   speed = rate(8192 if gpu else 2048) if _TIME.value else None
-  for row in rows.values():
-    if speed and 'seconds' in row:
-      row['share_of_product'] = row['gflop'] * 1e9 / row['seconds'] / speed
   result = dict(
-      product_gflop_per_s=speed and speed / 1e9,
       model=_MODEL.value, batch=_BATCH.value, tokens=_TOKENS.value,
       dtype=_DTYPE.value, scan=_SCAN.value, pairs=_PAIRS.value,
       cpus=len(os.sched_getaffinity(0)), load=os.getloadavg()[0],
       device=f'{device.platform} {device.device_kind}', commit=commit(),
-      versions=report.versions(), arms=rows)
+      versions=report.versions(), product_gflop_per_s=speed and speed / 1e9,
+      arms=rows)
+
+  def save():
+    for row in rows.values():
+      if speed and 'seconds' in row:
+        row['share_of_product'] = row['gflop'] * 1e9 / row['seconds'] / speed
+    if _OUT.value:
+      with open(_OUT.value, 'w', encoding='utf-8') as f:
+        json.dump(result, f, indent=1)
+        f.write('\n')
+
+  with tempfile.TemporaryDirectory() as folder:
+    # A GPU's sizes are not written out: both sides make their own weights.
+    measure(names, None if gpu or not _TORCH.value else
+            os.path.join(folder, 'model'), rows, save)
+  if _TRAFFIC.value:
+    for name, kinds in traffic(names).items():
+      rows[name]['collectives'] = kinds
+  save()
   rich_console.Console(width=140).print(report.table(result))
   if _OUT.value:
-    with open(_OUT.value, 'w', encoding='utf-8') as f:
-      json.dump(result, f, indent=1)
-      f.write('\n')
     report.chart(result, os.path.splitext(_OUT.value)[0] + '.png')
 
 
@@ -384,6 +391,8 @@ def commit():
   """Short name of the commit that is checked out, with '+' if it is changed."""
   git = lambda *a: subprocess.run(
       ('git', *a), capture_output=True, text=True, check=False).stdout.strip()
+  if 'COMMIT' in os.environ:  # a copy without git
+    return os.environ['COMMIT']
   return git('rev-parse', '--short', 'HEAD') + (
       '+' if git('status', '--porcelain', '-uno') else '')
 

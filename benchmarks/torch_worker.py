@@ -14,9 +14,9 @@ timed to the end of its last kernel.
 """
 
 import argparse
-import contextlib
 import gc
 import json
+import os
 import sys
 import time
 import warnings
@@ -157,17 +157,18 @@ def main():
   if args.threads:
     torch.set_num_threads(args.threads)
   torch.manual_seed(0)
-  # What libraries print must not come between the lines of the protocol.
-  out = sys.stdout
-  with contextlib.redirect_stdout(sys.stderr):
-    worker = Worker(args)
-    for line in sys.stdin:
-      verb, arm = line.split()
-      try:
-        reply = getattr(worker, verb)(arm)
-      except Exception as e:  # pylint: disable=broad-exception-caught
-        reply = dict(error=f'{type(e).__name__}: {e}')
-      print(json.dumps(reply), file=out, flush=True)
+  # What libraries and their compilers print must not come between the lines
+  # of the protocol.
+  out = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)
+  worker = Worker(args)
+  for line in sys.stdin:
+    verb, arm = line.split()
+    try:
+      reply = getattr(worker, verb)(arm)
+    except Exception as e:  # pylint: disable=broad-exception-caught
+      reply = dict(error=f'{type(e).__name__}: {str(e)[:200]}')
+    print(json.dumps(reply), file=out, flush=True)
 
 
 if __name__ == '__main__':
