@@ -77,58 +77,39 @@ def batch_sharding(mesh):
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
-def rows_stay(mesh, rows, whole_inputs=()):
+def rows_stay(mesh, rows):
   """Context in which what layers return stays split over 'data' by examples.
 
   Where the base is split over 'data' too, XLA else takes the other way to
   multiply: it leaves kernels as they lie, splits activations as the kernels'
   inputs, gives every device all examples, and adds up the outputs. The residual
-  stream and what norms make of it stay whole in width, and so does what a
-  method makes of it for a layer: one that works on parts of it (blocks of a
-  rotation) else has it split over 'model', and put together again before every
-  kernel. Says where numbers lie, never what they are.
+  stream and what norms make of it stay whole in width: a method that works on
+  parts of it (blocks of a rotation) else has it split over 'model', and put
+  together again before every kernel. Says where numbers lie, never what they
+  are.
 
   Args:
     mesh: From `make_mesh`.
     rows: Examples in the batch; arrays with another first axis are left alone.
-    whole_inputs: Paths of layers that read whole widths; see `whole_inputs`.
   """
   if mesh.size == 1:
     return contextlib.nullcontext()
 
-  def place(y, whole):
-    if not hasattr(y, 'shape') or y.shape[:1] != (rows,):
-      return y
-    other = None if whole else PartitionSpec.UNCONSTRAINED
-    return jax.lax.with_sharding_constraint(y, NamedSharding(
-        mesh, PartitionSpec('data', *[other] * (len(y.shape) - 1))))
-
   def keep(f, args, kwargs, context):
-    module, called = context.module, context.method_name
-    if called == '__call__' and '/'.join(module.path) in whole_inputs:
-      args = jax.tree.map(lambda x: place(x, True), args)
-    norm = 'Norm' in type(module).__name__
-    # Heads, which may be split, have norms as well, with an axis more.
-    return jax.tree.map(
-        lambda y: place(y, called in _STREAM or norm and len(y.shape) < 4),
-        f(*args, **kwargs))
+    norm = 'Norm' in type(context.module).__name__
+
+    def place(y):
+      if not hasattr(y, 'shape') or y.shape[:1] != (rows,):
+        return y
+      # Heads, which may be split, have norms as well, with an axis more.
+      whole = context.method_name in _STREAM or norm and len(y.shape) < 4
+      other = None if whole else PartitionSpec.UNCONSTRAINED
+      return jax.lax.with_sharding_constraint(y, NamedSharding(
+          mesh, PartitionSpec('data', *[other] * (len(y.shape) - 1))))
+
+    return jax.tree.map(place, f(*args, **kwargs))
 
   return nn.intercept_methods(keep)
-
-
-def whole_inputs(sites, params_shardings):
-  """Paths of the Dense layers whose kernels' inputs 'model' does not split."""
-  flat, out = trees.flatten(params_shardings), set()
-  for path, site in sites.items():
-    kernel = site.leaves.get('kernel')
-    if site.kind != 'Dense' or kernel is None:
-      continue
-    path, _ = views_lib.split_path(path)
-    spec = tuple(flat[f'{path}/{kernel.leaf}'].spec)
-    at = len(site.stack)
-    if len(spec) <= at or spec[at] != 'model':
-      out.add(path)
-  return frozenset(out)
 
 
 def data_shard(mesh):

@@ -136,13 +136,10 @@ def make_loss(run, stage):
   The task's loss of the batch, plus the methods' penalties.
   """
   smoothing = run.config.loss.label_smoothing
-  whole = sharding.whole_inputs(run.sites, run.params_at)
-
   def loss_fn(trained, frozen, params, batch, rng, step):
     theta = theta_lib.combine(trained, frozen)
     args, kwargs = run.task.inputs(batch)
-    with sharding.rows_stay(
-        run.mesh, len(jax.tree.leaves(batch)[0]), whole):
+    with sharding.rows_stay(run.mesh, len(jax.tree.leaves(batch)[0])):
       out, aux = apply(run.model, stage.methods, params, theta, *args,
                        train=True, rng=rng, **kwargs)
     loss = mean_loss(*run.task.loss(out, batch, smoothing))
