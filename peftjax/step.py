@@ -136,6 +136,7 @@ def make_loss(run, stage):
   The task's loss of the batch, plus the methods' penalties.
   """
   smoothing = run.config.loss.label_smoothing
+
   def loss_fn(trained, frozen, params, batch, rng, step):
     theta = theta_lib.combine(trained, frozen)
     args, kwargs = run.task.inputs(batch)
