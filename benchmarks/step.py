@@ -166,6 +166,10 @@ def own(name, sites, rows):
       each += 2 * spec['rank'] * d_in * d_out
     if name in ('oft', 'boft'):
       each = 6 * rows * d_in * spec['block_size'] * spec.get('factors', 1)
+      if 'block_0/attn' in path and site.role in ('q', 'k', 'v'):
+        # A rotation's gradient goes back through the kernel behind it, also
+        # where nothing else asks for that.
+        each += 2 * rows * d_in * d_out
     total += each * int(np.prod(site.stack, dtype=int))
   return None if name in ('full', 'prompt', 'prefix') else total
 
@@ -312,7 +316,7 @@ def timed(name, arm, full, torch):
                 torch_peak=torch.ask('peak', name)['bytes'])
   elif theirs:
     out['torch_note'] = theirs['error']
-  if theirs and name != 'full':
+  if theirs:
     torch.ask('drop', name)
   return out
 
