@@ -1,10 +1,12 @@
 """Tables and charts of what benchmarks/step.py recorded.
 
   python -m benchmarks.report benchmarks/step_encoder.json ...   # as Markdown
+  python -m benchmarks.report         # all of them, into benchmarks/README.md
 """
 
 import importlib.metadata
 import json
+import pathlib
 import sys
 
 from rich import table as rich_table
@@ -120,10 +122,29 @@ def chart(result, path):
   plt.close(figure)
 
 
+def written(text, results):
+  """README text with the tables between the markers of their files replaced."""
+  for name, result in results.items():
+    begin, end = f'<!-- {name} -->', f'<!-- end of {name} -->'
+    if begin not in text or end not in text:
+      raise ValueError(f'README.md has no {begin} ... {end}')
+    head, rest = text.split(begin)
+    table_ = f'{begin}\n{title(result)}\n\n{markdown(result)}\n'
+    text = head + table_ + end + rest.split(end)[1]
+  return text
+
+
 def main():
-  for path in sys.argv[1:]:
-    with open(path, encoding='utf-8') as f:
-      result = json.load(f)
+  """Prints the tables of files; without any, puts all into README.md."""
+  here = pathlib.Path(__file__).parent
+  paths = [pathlib.Path(p) for p in sys.argv[1:]]
+  found = {p.name: json.loads(p.read_text(encoding='utf-8'))
+           for p in paths or sorted(here.glob('step_*.json'))}
+  if not paths:
+    readme = here / 'README.md'
+    text = written(readme.read_text(encoding='utf-8'), found)
+    readme.write_text(text, encoding='utf-8')
+  for result in found.values() if paths else ():
     print(f'{title(result)}\n\n{markdown(result)}\n')
 
 
