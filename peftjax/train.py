@@ -365,7 +365,8 @@ def main(argv):
     raise app.UsageError(f'unknown arguments {argv[1:]}; see --help')
   with distributed.one_for_all():
     try:
-      distributed.start(**{f: flags.FLAGS[f].value for f in distributed.FLAGS})
+      distributed.start(**{f: flags.FLAGS[f].value for f in distributed.FLAGS
+                           if f in flags.FLAGS})
       train(_CONFIG.value, _WORKDIR.value)
     except (OSError, ValueError, FloatingPointError) as e:
       logging.debug('where it was raised', exc_info=True)  # with --verbosity=1

@@ -73,7 +73,7 @@ def test_diverged_rate_is_recorded_and_the_base_is_read_once(
     tiny_weights, tmp_path, monkeypatch):
   read, real = [], bases.load
   monkeypatch.setattr(
-      bases, 'load', lambda *a: read.append(a) or real(*a))
+      bases, 'load', lambda *a, **k: read.append(a) or real(*a, **k))
   grid = _grid(tiny_weights, ARMS[:1],
                dict(rates=(1.0, 1e41), fraction=0.5, seed=0))
   rows, failures = compare.run(grid, str(tmp_path), say=lambda *_: None)

@@ -32,10 +32,6 @@ TOKENS = dict(llama3_8b=2048, vit_l=197)
 METHODS = dict(norms='norms', lora='LoRA', oft='OFT', boft='BOFT', full='full')
 BASE = 'norms'
 
-_RUN = flags.DEFINE_bool('run', False, 'Compile what is not recorded.')
-_WRITE = flags.DEFINE_bool('write', False, 'Write the tables into the page.')
-_ONLY = flags.DEFINE_list('only', [], 'Words that a cell must all have.')
-
 
 def path(model, method, topology):
   name = f'{model}_{method}_{topology.replace(":", "_")}.json'
@@ -151,4 +147,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _RUN = flags.DEFINE_bool('run', False, 'Compile what is not recorded.')
+  _WRITE = flags.DEFINE_bool('write', False, 'Write the tables into the page.')
+  _ONLY = flags.DEFINE_list('only', [], 'Words that a cell must all have.')
   app.run(main)
