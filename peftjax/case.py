@@ -68,7 +68,7 @@ def keep(cache, kind, key, make):
 
 
 def load(config, splits, classes=None, cache=None, mesh=None,
-         read=bases.load):
+         read=None):
   """The case of a config.
 
   Args:
@@ -80,7 +80,7 @@ def load(config, splits, classes=None, cache=None, mesh=None,
       the same config; see `keep`.
     mesh: Where the base is to lie, by `config.shard_rules`; None: on the host.
       A folder is read straight onto the devices, a weight file is not.
-    read: `bases.load`; or `bases.shapes`, without a mesh.
+    read: `bases.shapes`, without a mesh, or None: `bases.load`.
 
   Returns:
     A `Case`.
@@ -115,7 +115,7 @@ def load(config, splits, classes=None, cache=None, mesh=None,
       cache, 'base', (weights, _age(weights), head, classes, model.to_dict(),
                       config.dtype, mesh, config_lib.to_json(config)[
                           'shard_rules'] if mesh else None),
-      lambda: _base(config, read, head, classes, **more))
+      lambda: _base(config, read or bases.load, head, classes, **more))
   base_lib.must_take(base.model, module.CALL, name)
   task = module.task(spec, held_out, classes, base)
   tokenizer = None if module is images else _tokenizer(spec, base)
