@@ -58,7 +58,6 @@ _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'],
                            'Of the computation and of the frozen base.')
 _PAIRS = flags.DEFINE_integer('pairs', 20, 'Timed pairs.', lower_bound=1)
 _TORCH = flags.DEFINE_bool('torch', True, 'Time PEFT on torch too.')
-_COMPILE = flags.DEFINE_bool('torch_compile', False, 'torch.compile there.')
 _SCAN = flags.DEFINE_bool('scan', False, 'Stack the layers.')
 _TIME = flags.DEFINE_bool('time', True, 'Time; otherwise only compile.')
 _TRAFFIC = flags.DEFINE_bool('traffic', True, 'Read the traffic of 8 devices.')
@@ -76,6 +75,7 @@ def make_model(folder):
   model = module.build(config, head=families.own_head(config), dtype=dtype,
                        remat=False, scan=_SCAN.value)
   ids = jnp.zeros((1, 8), jnp.int32)
+
   # The classifier's zeros would hide the gradient of all else.
   def init(key):
     params = model.init(key, ids)['params']
@@ -184,7 +184,7 @@ class Torch:
         sys.executable, '-m', 'benchmarks.torch_worker',
         f'--model={_MODEL.value}', f'--folder={folder or ""}',
         f'--batch={_BATCH.value}', f'--tokens={_TOKENS.value}',
-        f'--dtype={_DTYPE.value}', f'--compile={int(_COMPILE.value)}',
+        f'--dtype={_DTYPE.value}',
         f'--device={"cuda" if gpu else "cpu"}',
         f'--threads={len(os.sched_getaffinity(0))}']
     self.process = subprocess.Popen(
@@ -245,17 +245,13 @@ def measure(names, folder, rows, save):
   batch = arms.batch(_MODEL.value, _BATCH.value, _TOKENS.value)
   full = Arm(method('full'), model, params, batch)
   shapes = kernels(full.sites)
-  rows['full'] = costs(full, shapes)
   rest = floor(model, params, batch)
   torch = Torch(folder) if _TORCH.value and _TIME.value else None
-  kept = {}
-  if torch:
-    kept['full'] = torch.ask('build', 'full')
-    if folder:  # else both sides have weights of their own
-      agree(model, params, batch, torch)
+  if torch and folder:  # else both sides have weights of their own
+    agree(model, params, batch, torch)
   for name in names:
     arm = Arm(method(name), model, params, batch) if name != 'full' else full
-    row = rows.setdefault(name, costs(arm, shapes))
+    row = rows[name] = costs(arm, shapes)
     extra = own(name, arm.sites, _BATCH.value * _TOKENS.value)
     if extra is not None:
       row['bound_gflop'] = (rest + extra) / 1e9
@@ -279,6 +275,7 @@ def agree(model, params, batch, torch):
   """Raises unless both sides' logits are the same."""
   ours = np.asarray(jax.jit(lambda p: model.apply(
       {'params': p}, batch['ids'], batch['mask']))(params), np.float32)
+  torch.ask('build', 'full')
   theirs = np.array(torch.ask('logits', 'full')['values'])
   apart = np.abs(ours.flatten()[:len(theirs)] - theirs).max()
   if apart > (1e-3 if _DTYPE.value == 'float32' else 0.1):

@@ -98,8 +98,6 @@ class Worker:
         return dict(error=note)
       model = peft.get_peft_model(model, config)
     model = model.to(self.args.device).train()
-    if self.args.compile:
-      model = torch.compile(model)
     params = [p for p in model.parameters() if p.requires_grad]
     tx = torch.optim.AdamW(params, lr=arms.RATE, weight_decay=0., fused=True)
     self.built[arm] = model, tx
@@ -150,7 +148,6 @@ def main():
   parser.add_argument('--dtype', default='float32')
   parser.add_argument('--device', default='cpu')
   parser.add_argument('--threads', type=int, default=0)
-  parser.add_argument('--compile', type=int, default=0)
   args = parser.parse_args()
   warnings.simplefilter('ignore')
   transformers.logging.set_verbosity_error()

@@ -50,6 +50,26 @@ def kmnist(method, lr, arg=None, steps=120, **more):
   return config
 
 
+def choose(arg, **defaults):
+  """Takes the words that a suite has of its own out of a config's argument.
+
+  Args:
+    arg: 'task=rte,runlocal,seed=3', or None.
+    **defaults: Words it has, with their values where `arg` names none.
+
+  Returns:
+    ({word: value}, the rest of `arg`, for `parse_arg`).
+  """
+  chosen, rest = dict(defaults), []
+  for word in (w.strip() for w in (arg or '').split(',')):
+    key, equals, value = word.partition('=')
+    if equals and key in chosen:
+      chosen[key] = value
+    elif word:
+      rest.append(word)
+  return chosen, ','.join(rest)
+
+
 def parse_arg(arg):
   """'runlocal,seed=3,lr=1e-3' -> {'runlocal': True, 'seed': 3, ...}.
 

@@ -72,15 +72,7 @@ def config(method, tasks, default, arg, backbone_default, local, **more):
   Raises:
     ValueError: an unknown task, backbone, key or word.
   """
-  words = [w.strip() for w in (arg or '').split(',') if w.strip()]
-  chosen = dict(task=default, backbone=backbone_default)
-  rest = []
-  for word in words:
-    key, equals, value = word.partition('=')
-    if equals and key in chosen:
-      chosen[key] = value
-    else:
-      rest.append(word)
+  chosen, rest = common.choose(arg, task=default, backbone=backbone_default)
   name = chosen['task']
   if name not in tasks:
     raise ValueError(f'task={name!r}: the suite has no such task'
@@ -92,7 +84,7 @@ def config(method, tasks, default, arg, backbone_default, local, **more):
     common.put(c, key.replace('__', '.'), value)
   for key, value in tasks[name].items():
     common.put(c, key, value)
-  given = common.parse_arg(','.join(rest))
+  given = common.parse_arg(rest)
   small = given.pop('runlocal', False)
   if small:
     for key, value in local.get(name, local.get('', {})).items():

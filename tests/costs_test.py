@@ -201,9 +201,7 @@ def test_full_fine_tuning_exchanges_kernels():
 # ----------------------------------------------------------- memory and depth
 def deep(depth, name='lora', **kwargs):
   """Lowered step of a model of so many layers."""
-  model = Encoder(vocab=61, width=48, depth=depth, heads=3, mlp_dim=150,
-                  positions=32, head='classify', **kwargs)
-  return steps(model, name)[0]
+  return steps(ENCODER(depth=depth, **kwargs), name)[0]
 
 
 @pytest.mark.parametrize('name', ['lora', 'oft', 'ssf', 'bitfit'])
@@ -243,8 +241,7 @@ def test_the_program_does_not_grow_with_depth_under_scan():
 def test_equations_do_not_grow_with_depth_under_scan():
   """What tracing costs: equations of the step's jaxpr, inner ones with them."""
   def count(depth, scan):
-    model = Encoder(vocab=61, width=48, depth=depth, heads=3, mlp_dim=150,
-                    positions=32, head='classify', scan=scan)
+    model = ENCODER(depth=depth, scan=scan)
     ids = jnp.ones((2, 5), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)['params']
     method = peftjax.load(**METHODS['lora'])

@@ -42,14 +42,7 @@ def config(arg, backbone, rules, head=(), **more):
   Raises:
     ValueError: an unknown method, key or word.
   """
-  words = [w.strip() for w in (arg or '').split(',') if w.strip()]
-  chosen, rest = dict(method='lora', backbone=backbone), []
-  for word in words:
-    key, equals, value = word.partition('=')
-    if equals and key in chosen:
-      chosen[key] = value
-    else:
-      rest.append(word)
+  chosen, rest = common.choose(arg, method='lora', backbone=backbone)
   name = chosen['method']
   if name not in METHODS:
     raise ValueError(f'method={name!r}: unknown{nearest(name, METHODS)}')
@@ -62,6 +55,6 @@ def config(arg, backbone, rules, head=(), **more):
   c.data.train = 0  # all
   for key, value in more.items():
     common.put(c, key.replace('__', '.'), value)
-  for key, value in common.parse_arg(','.join(rest)).items():
+  for key, value in common.parse_arg(rest).items():
     common.put(c, key, value)
   return c

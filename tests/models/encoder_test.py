@@ -1,5 +1,7 @@
 """Encoders: shapes, positions, masks, hooks, stacking, roles, training."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import peftjax
 from peftjax import trees
+from peftjax.models import layers
 from peftjax.models.encoder import Encoder
 import pytest
 
@@ -214,3 +217,12 @@ def test_mean_head_is_a_layer_on_what_pool_gives():
   want = pooled @ params['head']['out']['kernel'] + params['head']['out']['bias']
   found = model.apply({'params': params}, ids, mask)
   np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+
+
+def test_gelu_and_its_slope_are_those_of_float64():
+  x = np.linspace(-8, 8, 1601, dtype=np.float32)
+  y, dy = jax.vmap(jax.value_and_grad(layers.gelu))(x)
+  share = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()])
+  slope = share + x * np.exp(-0.5 * x.astype(float)**2) / math.sqrt(2 * math.pi)
+  np.testing.assert_allclose(y, x * share, rtol=0, atol=1e-6)
+  np.testing.assert_allclose(dy, slope, rtol=0, atol=1e-6)
