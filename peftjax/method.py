@@ -82,7 +82,7 @@ class Method(NamedTuple):
     name: Short name, the key of its theta.
     sites: `Site -> bool`, usually made by `select`.
     init: `(key, site, p, stats) -> t` for one layer; the engine vmaps it over
-      stacked layers. `stats` is what calibration found for the site, or None.
+      stacked layers. `stats` is what `calibration` found for the layer, or None.
     prepare: `(t, ctx) -> t`, from stored to used theta, once per step.
     fold: `(p, t) -> p'` or None.
     layer: `(f, x, t, ctx) -> y` or None. f(x) is called with the further inputs
@@ -103,6 +103,15 @@ class Method(NamedTuple):
     labels: Theta leaf -> optimiser group ('b' -> 'fast'); '' is the default.
     penalty: `(theta, aux, step) -> scalar`, theta being {path: t}.
     after_step: `theta -> theta` after every update, over {path: t}: projects.
+    track: `(theta, grads, step, steps) -> theta` after every update and before
+      after_step, over {path: t}: what follows the gradients, such as budgets.
+      It may change frozen leaves. `grads` holds those of the trained leaves,
+      `step` counts from the stage's start and `steps` is its length.
+    outer: Trained leaves that follow the hypergradient of the loss on a part of
+      the data of their own (`bilevel.py`).
+    calibration: `calibrate.Reducer` of the statistics that `init` gets, or None.
+    fit: `(stats, {path: Site}) -> Method`: outside jit, the method of which the
+      shapes follow from statistics. stats is {path: statistics}.
     phases: Further `phases.Phase`s of a procedure that changes its method.
     check: `{path: Site} -> None`, raises where the chosen sites do not suit.
     tolerance: Largest |adapted - base| at init that the card allows; 0 = exact.
@@ -128,6 +137,10 @@ class Method(NamedTuple):
   labels: Mapping[str, str] = {}
   penalty: Optional[Callable] = None
   after_step: Optional[Callable] = None
+  track: Optional[Callable] = None
+  outer: tuple[str, ...] = ()
+  calibration: Optional[Any] = None
+  fit: Optional[Callable] = None
   phases: tuple = ()
   check: Optional[Callable] = None
   tolerance: float = 0.0
