@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peftjax import calibrate
 from peftjax import conformance
 from peftjax import folding
 from peftjax import method as method_lib
@@ -108,7 +109,8 @@ def _trained(name):
   if not any(map(method.sites, sites.values())):
     return None, trees.count(params)
   theta = jax.eval_shape(
-      lambda p: theta_lib.init(method, jax.random.key(0), sites, p), params)
+      lambda p: theta_lib.init(method, jax.random.key(0), sites, p,
+                               calibrate.stand_in(method, sites)), params)
   trained, _ = theta_lib.partition(method, theta)
   return trees.count(trained), trees.count(params)
 

@@ -80,6 +80,12 @@ def defaults():
   # ({'name': 'lowrank.lora', 'rank': 8}, ...), innermost first.
   c.method = ()
   c.loss = dict(label_smoothing=0.0)
+  # What methods that start from data see of it: so many batches of so many rows
+  # (0: batch) of the training data, or of the set that name, path and split
+  # say, encoded for the same task; at_once: layers whose statistics are held at
+  # a time (0: all), at a pass over the batches for each group of them.
+  c.calibrate = dict(batches=8, batch=0, at_once=0, name='', path='',
+                     split='train')
   number = lambda: config_dict.placeholder(float)
   c.optim = dict(
       lr=1e-3, weight_decay=0.0, clip=1.0, schedule='cosine', warmup=0.1,
@@ -130,7 +136,8 @@ def check(config):
                      ('data.test', 0), ('task.length', 1),
                      ('task.target_length', 0), ('task.buckets', 0),
                      ('task.max_new_tokens', 1),
-                     ('log_every', 1),
+                     ('calibrate.batches', 1), ('calibrate.batch', 0),
+                     ('calibrate.at_once', 0), ('log_every', 1),
                      ('eval_every', 0), ('checkpoint_every', 0), ('keep', 1)):
     if _get(have, key) < least:
       raise ValueError(f'{key}={_get(have, key)}: expected at least {least}')

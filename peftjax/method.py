@@ -110,8 +110,9 @@ class Method(NamedTuple):
     outer: Trained leaves that follow the hypergradient of the loss on a part of
       the data of their own (`bilevel.py`).
     calibration: `calibrate.Reducer` of the statistics that `init` gets, or None.
-    fit: `(stats, {path: Site}) -> Method`: outside jit, the method of which the
-      shapes follow from statistics. stats is {path: statistics}.
+    fit: `(stats, {path: Site}) -> ({hyper-parameter: value}, stats)`: outside
+      jit, what `load` makes the method from whose shapes follow from
+      statistics, stats being {path: statistics}, and those for its `init`.
     phases: Further `phases.Phase`s of a procedure that changes its method.
     check: `{path: Site} -> None`, raises where the chosen sites do not suit.
     tolerance: Largest |adapted - base| at init that the card allows; 0 = exact.

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peftjax import calibrate
 from peftjax import diagnose
 from peftjax import optim
 from peftjax import sharding
@@ -43,6 +44,7 @@ class Run(NamedTuple):
   mesh: Any
   params_at: Any  # shardings of params
   key: jax.Array  # PRNG key of the run
+  stats: Any = {}  # {method name: {path: ...}}, of methods that start from data
 
 
 # ----------------------------------------------------------------------- state
@@ -102,8 +104,9 @@ def start(run, stage, theta, step):
 def abstract(run, stage):
   """The shapes of the first stage's state, as nothing but a plan needs them."""
   theta = jax.eval_shape(
-      lambda params: theta_lib.init(stage.methods, run.key, run.sites, params),
-      run.params)
+      lambda params: theta_lib.init(
+          stage.methods, run.key, run.sites, params,
+          calibrate.stand_in(stage.methods, run.sites)), run.params)
   _, shapes, at = layout(run, stage, theta)
   return _placed(shapes, at)
 

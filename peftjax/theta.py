@@ -24,7 +24,8 @@ def init(methods, key, sites, params, stats=None):
     key: PRNG key. A site's values depend on the key and its path only.
     sites: What `describe` returned.
     params: The base's params tree.
-    stats: {path: statistics} from calibration, handed to `Method.init`.
+    stats: {method name: {path: statistics}} from `calibrate.collect`, for the
+      methods that start from data.
 
   Returns:
     {method name: {path: {leaf: array}}}; arrays that all sites of a method
@@ -33,7 +34,8 @@ def init(methods, key, sites, params, stats=None):
   Raises:
     ValueError: a selection that matches nothing, params that do not fit the
       model, NaN or infinity in the base, a method that must be innermost, a
-      method that drops a leaf which another trains.
+      method that drops a leaf which another trains, or one that starts from
+      data without statistics of a site.
   """
   sites_lib.check_fits(sites, params)
   bad = trees.nonfinite(params)
@@ -49,6 +51,14 @@ def init(methods, key, sites, params, stats=None):
           f'{name} replaces leaves of {sorted(mine & touched)[0]!r}, which an '
           f'inner method changes: put {name} first')
     touched |= mine
+  stats = stats or {}
+  for name, m in named.items():
+    missed = sorted(set(chosen[name]) - set(stats.get(name, {})))
+    if m.calibration and missed:
+      raise ValueError(
+          f'{name} starts from statistics of the data, and has none of '
+          f'{missed[0]!r}: collect them with peftjax.calibrate.collect and give '
+          f'them as stats={{{name!r}: ...}}; training does it by itself')
   whole = _gather(params)
   reads = {n: m.reads(sites) if m.reads else {} for n, m in named.items()}
 
@@ -66,18 +76,19 @@ def init(methods, key, sites, params, stats=None):
         k = jax.random.fold_in(root, zlib.crc32(path.encode()))
         k = jax.random.split(k, site.stack) if site.stack else k
 
-        def one(k, own, m=m, site=site, path=path, more=more):
+        def one(k, own, found, m=m, site=site, more=more):
           p = {n: v.get(own[v.leaf]) for n, v in site.leaves.items()}
-          return m.init(k, site, {**p, **more}, stats.get(path))
+          return m.init(k, site, {**p, **more}, found)
 
         own = whole(own_leaves(site, flat))
-        t = over_stack(one, site.stack)(k, own)
+        found = stats.get(name, {}).get(path)
+        t = over_stack(one, site.stack)(k, own, found)
         if t:  # a budget may leave a site with nothing
           theta[name][path] = t
           _check_dropped(named, theta, name, path)
     return theta
 
-  return jax.jit(make)(key, params, stats or {})
+  return jax.jit(make)(key, params, stats)
 
 
 def _gather(params):

@@ -30,6 +30,7 @@ import jax
 from ml_collections import config_flags
 
 from peftjax import artifact
+from peftjax import calibrate
 from peftjax import case as case_lib
 from peftjax import checkpoint
 from peftjax import config as config_lib
@@ -75,19 +76,20 @@ def versions():
 
 
 # ------------------------------------------------------- before and after it
-def prepare(config, cache=None):
+def prepare(config, cache=None, workdir=''):
   """Mesh, methods, data and base of a config that was checked.
 
   Args:
     config, cache: As of `train`.
+    workdir: Where the statistics of methods that start from data are kept.
 
   Returns:
     (`step.Run`, list of `phases.Stage`, `case.Case`).
   """
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(mesh, config.batch)
-  stages = phases.schedule(
-      tuple(load(**dict(m)) for m in config.method), config.steps)
+  methods = tuple(load(**dict(m)) for m in config.method)
+  phases.schedule(methods, config.steps)  # says what is wrong with them
   # A folder is read straight into its shards. Several processes read it whole:
   # the fingerprint, theta's start and the adapter need arrays of one process.
   case = case_lib.load(
@@ -98,16 +100,20 @@ def prepare(config, cache=None):
   sites = describe(case.base.model, *args,
                    fused=FUSED_RULES[config.model.fused], **kwargs)
   params_at = sharding.params_sharding(mesh, config.shard_rules, base)
-  run = step_lib.Run(
-      config, case.task, case.base.model, sharding.put_global(base, params_at),
-      sites, mesh, params_at, jax.random.key(config.seed))
-  return run, stages, case
+  params, key = sharding.put_global(base, params_at), jax.random.key(config.seed)
+  methods, stats = calibrate.of_run(
+      methods, config, case, params, sites, case.base.fingerprint, workdir,
+      jax.random.fold_in(key, 1))
+  run = step_lib.Run(config, case.task, case.base.model, params, sites, mesh,
+                     params_at, key, stats)
+  return run, phases.schedule(methods, config.steps), case
 
 
 def first_theta(run, stage, base):
   """Theta of the first stage, as it is before the first step."""
   init = lambda params: theta_lib.init(
-      stage.methods, jax.random.fold_in(run.key, 0), run.sites, params)
+      stage.methods, jax.random.fold_in(run.key, 0), run.sites, params,
+      run.stats)
   start = run.config.start
   return init(base) if not start else artifact.start_from(
       start, stage.methods, jax.eval_shape(init, base), run.sites, base)
@@ -189,7 +195,7 @@ def train(config, workdir, progress=True, cache=None):
 
 
 def _train(config, workdir, progress, cache, saved, stopped):
-  run, stages, case = prepare(config, cache)
+  run, stages, case = prepare(config, cache, workdir)
   task, model, mesh, sites = run.task, run.model, run.mesh, run.sites
   base, fingerprint = case.base.params, case.base.fingerprint
 

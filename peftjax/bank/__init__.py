@@ -35,6 +35,7 @@ import numpy as np
 from peftjax import case as case_lib
 from peftjax import checkpoint
 from peftjax import config as config_lib
+from peftjax import method as method_lib
 from peftjax import metrics as metrics_lib
 from peftjax import progress as progress_lib
 from peftjax import step as run_step
@@ -105,6 +106,10 @@ def _train(configs, said, workdir, progress, cache, saved, stopped):
 
   # ------------------------------------------------- base, data, runs, batches
   cache = {} if cache is None else cache
+  for m in config.method:
+    if method_lib.load(**dict(m)).calibration:
+      raise ValueError(f'a bank cannot train {m["name"]!r}, which starts from '
+                       'statistics of each member\'s data: train them apart')
   run, stages, case = train_lib.prepare(config, cache)
   if len(stages) > 1:
     raise ValueError('a bank cannot train methods that change on the way '

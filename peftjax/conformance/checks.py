@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax import artifact
+from peftjax import calibrate
 from peftjax import folding
 from peftjax import method as method_lib
 from peftjax import sites as sites_lib
@@ -293,7 +294,8 @@ def on_int8(run):
   for methods in ((int8, run.method), (run.method, int8)):
     try:
       jax.eval_shape(lambda p, m=methods: theta_lib.init(
-          m, jax.random.key(0), run.sites, p), run.params)
+          m, jax.random.key(0), run.sites, p,
+          calibrate.stand_in(m, run.sites)), run.params)
       break
     except ValueError as e:
       refusal = str(e)

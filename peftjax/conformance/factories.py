@@ -11,6 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 
+from peftjax import calibrate
 from peftjax import folding
 from peftjax import method as method_lib
 from peftjax import sites as sites_lib
@@ -82,7 +83,8 @@ def _one_layer(subject, keywords):
   site = folding.site_for(method, next(iter(found.values())))
   own, key = folding.own_leaves(site, trees.flatten(params)), jax.random.key(0)
   p = {n: v.get(own[v.leaf]) for n, v in site.leaves.items()}
-  t = {**method.shared(key, found), **method.init(key, site, p, None)}
+  stats = calibrate.stand_in(method, found).get(method.name, {}).get(site.path)
+  t = {**method.shared(key, found), **method.init(key, site, p, stats)}
   if not (method.fold or method.replaces):
     return t
   ctx = method_lib.Context(site.path, site)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peftjax import calibrate
 from peftjax import folding
 from peftjax import method as method_lib
 from peftjax import sites as sites_lib
@@ -257,7 +258,9 @@ class Subject:
     """(sites, params, theta) of the scanned or the unrolled model."""
     key = jax.random.key(0)
     sites, params = base_of(self.kind, scan)
-    theta = jit(lambda p: theta_lib.init(self.first, key, sites, p))(params)
+    theta = jit(lambda p: theta_lib.init(
+        self.first, key, sites, p,
+        calibrate.stand_in(self.first, sites)))(params)
     for start in self.starts:  # a phase starts from what the last one trained
       t = start(noisy(self.first, theta)[self.first.name], key, sites)
       theta = {self.method.name: t}
