@@ -14,11 +14,9 @@ The states of a scanned layer are stacked as its kernels are. All is float32,
 whatever the model computes in.
 """
 
-from collections.abc import Callable
 import itertools
 import json
 import os
-from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -34,35 +32,11 @@ from peftjax import views as views_lib
 from peftjax.apply import apply
 from peftjax.folding import over_stack
 from peftjax.method import as_methods, Method, nearest
+from peftjax.ops.statistics import Reducer
 from peftjax.tasks.base import mean_loss
 
 KINDS = ('inputs', 'gradient', 'examples')
 FILE = 'calibration.safetensors'
-
-
-class Reducer(NamedTuple):
-  """What is kept of one layer, and how a batch is added to it.
-
-  Attributes:
-    of: One of `KINDS`.
-    init: `Site -> state`, a mapping of float32 arrays.
-    update: `(state, value, keep) -> state`. value is x [n, d_in] or a gradient
-      [d_in, d_out]; keep is bool [n], of gradients None.
-    finish: `state -> stats`, what `Method.init` gets; a mapping of arrays.
-    done: `state -> bool`: whether further batches would change nothing; or
-      None. Batches end when all layers are done.
-    train: Whether the base runs as in training, with dropout.
-    name: Of the statistics and their settings; a collection that was broken off
-      goes on only under the same one.
-  """
-
-  of: str
-  init: Callable
-  update: Callable
-  finish: Callable = lambda state: state
-  done: Optional[Callable] = None
-  train: bool = False
-  name: str = ''
 
 
 # --------------------------------------------------------------- one batch
