@@ -93,7 +93,7 @@ def defaults():
       # What a group has of its own; None: as the built-in groups of optim.py.
       groups={g: dict(lr=number(), lr_abs=number(), weight_decay=number(),
                       clip=number())
-              for g in ('head', 'gate', 'fast', 'no_decay')})
+              for g in ('head', 'gate', 'fast', 'no_decay', 'strength')})
   c.mesh = dict(data=-1, model=1)  # -1: the rest of the devices
   c.shard_rules = ()  # ((regex on a param's path, axes of its dims), ...)
   c.log_every = 10

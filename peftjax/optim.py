@@ -25,6 +25,9 @@ GROUPS = {
     # The ratio of "LoRA+: Efficient Low Rank Adaptation of Large Models" (arXiv
     # 2402.12354).
     'fast': dict(lr=16.0),
+    # lambda of "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv
+    # 2503.18225), which is tuned apart from the angles and is not at home at 0.
+    'strength': dict(weight_decay=0.0),
 }
 _KEYS = ('lr', 'lr_abs', 'weight_decay', 'clip')
 
