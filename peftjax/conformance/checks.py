@@ -23,6 +23,7 @@ from peftjax import theta as theta_lib
 from peftjax import trees
 from peftjax.apply import apply
 from peftjax.conformance import factories
+from peftjax.conformance import models
 from peftjax.conformance import runs
 
 EXACT = 2e-6  # of the largest output: rounding, where exactness is claimed
@@ -211,7 +212,7 @@ def bfloat16(run):
   fn = lambda p, t: apply(model, run.method, p, t, run.x)[0]
   for path, dtype in _layer_dtypes(fn, params, run.theta).items():
     assert dtype == want[path], f'{path} gives {dtype}, the base {want[path]}'
-  got = np.asarray(runs.jit(fn)(params, run.theta), np.float32)
+  got = np.asarray(models.jit(fn)(params, run.theta), np.float32)
   want = run.value('').out
   assert np.isfinite(got).all(), 'the output is not finite'
   far = np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -255,7 +256,7 @@ def vmap_equals_loop(run):
   """Many thetas at once give what they give one by one."""
   many = jax.tree.map(
       lambda *v: jnp.stack(v), run.theta, run.subject.theta(run.scan, 'second'))
-  out = runs.jit(jax.vmap(
+  out = models.jit(jax.vmap(
       lambda p, t: apply(run.model, run.method, p, t, run.x)[0], (None, 0)))(
           run.params, many)
   _close(out[0], run.value('').out, 'first')

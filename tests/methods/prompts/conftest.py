@@ -12,7 +12,7 @@ import pytest
 import peftjax
 from peftjax import models
 from peftjax import trees
-from peftjax.conformance.runs import jit
+from peftjax.conformance.models import jit
 from peftjax.generate import generate
 
 WIDTH = dict(vocab_size=31, hidden_size=16, num_hidden_layers=2,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import peftjax
-from peftjax.conformance.runs import jit
+from peftjax.conformance.models import jit
 from peftjax.methods.prompts.prefix_tuning import prefix_tuning
 from peftjax.models import layers
 from peftjax.models.decoder import Decoder

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import peftjax
-from peftjax.conformance.runs import jit
+from peftjax.conformance.models import jit
 from peftjax.methods.prompts.prompt_tuning import prompt_tuning
 from peftjax.models.decoder import Decoder
 from peftjax.models.encdec import EncDec
