@@ -177,7 +177,7 @@ class Run:
     The base is compiled once for all methods; here only fold is, and the
     gradient passes through it by the chain rule.
     """
-    @jit
+    @models.jit
     def fold(trained, frozen, params, cotangent):
       def fn(trained):
         theta = theta_lib.combine(trained, frozen)
