@@ -19,6 +19,7 @@ from peftjax.interop.peft import files
 from peftjax.interop.peft.part import Part, sites_of
 from peftjax.interop.peft.source import open_adapter
 from peftjax.interop.peft.writing import BIAS, convert, FULL
+from peftjax.ops import svd
 
 # Singular values below this share of the largest are rounding of float32.
 NOTHING = 1e-6
@@ -121,9 +122,9 @@ def _key(base, leaf):
 
 def nearest(change, rank):
   """(dict(a, b) with a b near `change`, squares kept, squares in all)."""
-  u, s, vt = np.linalg.svd(change, full_matrices=False)
+  # numpy's: in float64, which jax does not have on every device.
+  u, s, vt = svd.signed(*np.linalg.svd(change, full_matrices=False))
   r = max(1, min(rank, int((s > NOTHING * s[0]).sum())))
-  root = np.sqrt(s[:r])
-  return dict(a=np.asarray(u[:, :r] * root, np.float32),
-              b=np.asarray(root[:, None] * vt[:r], np.float32)), float(
-                  (s[:r] ** 2).sum()), float((s ** 2).sum())
+  a, b = svd.weighed(u[:, :r], s[:r], vt[:r])
+  return dict(a=np.asarray(a, np.float32), b=np.asarray(b, np.float32)), float(
+      (s[:r] ** 2).sum()), float((s ** 2).sum())
