@@ -8,7 +8,7 @@ A method that starts from data says what it wants to know of a site by a
   of 'gradient'   the gradient of a batch's loss in the kernel, [d_in, d_out]
   of 'examples'   the same of every example of a batch, one after another
 
-Inputs are met by an interceptor, as methods meet them: scanned and
+Inputs are met by an interceptor (taps.py), as methods meet them: scanned and
 rematerialised models, fused kernels and DenseGeneral need nothing of their own.
 The states of a scanned layer are stacked as its kernels are. All is float32,
 whatever the model computes in.
@@ -17,6 +17,7 @@ whatever the model computes in.
 import itertools
 import json
 import os
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,152 +26,20 @@ import safetensors
 import safetensors.numpy
 
 from peftjax import case as case_lib
+from peftjax import config as config_lib
 from peftjax import method as method_lib
 from peftjax import sites as sites_lib
-from peftjax import theta as theta_lib
-from peftjax import views as views_lib
-from peftjax.apply import apply
+from peftjax import taps
 from peftjax.folding import over_stack
 from peftjax.method import as_methods, Method, nearest
 from peftjax.ops.statistics import Reducer
-from peftjax.tasks.base import mean_loss
 
 KINDS = ('inputs', 'gradient', 'examples')
 FILE = 'calibration.safetensors'
+WHOLE = -1  # in the place of the number of a last batch
+NO_BATCHES = 'calibration: there are no batches'
 
 
-# --------------------------------------------------------------- one batch
-def _bits(state):
-  """Numbers as integers: the engine casts floats to the layer's own dtype."""
-  return {n: jax.lax.bitcast_convert_type(v, jnp.int32)
-          for n, v in state.items()}
-
-
-def _floats(state):
-  return {n: jax.lax.bitcast_convert_type(v, jnp.float32)
-          for n, v in state.items()}
-
-
-def _span(path):
-  span = views_lib.split_path(path)[1]
-  return f'{span[0]}:{span[1]}' if span else ''
-
-
-def _tap(chosen, update):
-  """A method that leaves layers as they are and sows update(state, x, keep)."""
-  def layer(f, x, t, ctx):
-    d = x.shape[-1]
-    keep = ctx.batch
-    if keep is None or keep.shape != x.shape[:-1]:
-      keep = jnp.ones(x.shape[:-1], bool)  # pooled rows, or no padding
-    new = update(_floats(t), x.reshape(-1, d).astype(jnp.float32),
-                 keep.reshape(-1))
-    for n, v in _bits(new).items():
-      ctx.sow(f'tap{_span(ctx.path)}|{n}', v)
-    return f(x)
-
-  return Method('tap', lambda site: site.path in chosen,
-                lambda *unused: {}, layer=layer)
-
-
-def _sown(aux, path, names):
-  """What a tap sowed at a site: {name: value}."""
-  base, _ = views_lib.split_path(path)
-  node = aux
-  for part in base.split('/') if base else ():
-    node = node[part]
-  out = {}
-  for n in names:
-    values = node[f'tap{_span(path)}|{n}']
-    if len(values) != 1:
-      raise ValueError(f'calibration: the model calls {path!r} {len(values)} '
-                       'times, expected once; leave it out of the sites')
-    out[n] = values[0]
-  return out
-
-
-def _over_inputs(model, task, reducer, chosen):
-  """`(state, params, batch, key) -> state`."""
-  tap = _tap(chosen, reducer.update)
-
-  def step(state, params, batch, key):
-    args, kwargs = task.inputs(batch)
-    _, aux = apply(model, tap, params, {'tap': {
-        p: _bits(s) for p, s in state.items()}}, *args, train=reducer.train,
-                   rng=key, batch=_kept(batch), **kwargs)
-    return {p: _floats(_sown(aux, p, s)) for p, s in state.items()}
-
-  return step
-
-
-def _kept(batch):
-  """Which tokens are no padding, [B, T]; None: rows have none."""
-  mask = batch.get('mask')
-  return None if mask is None else mask.astype(bool)
-
-
-def _over_gradients(model, task, reducer, chosen):
-  """`(state, params, batch, key) -> state`, of kernels' gradients."""
-  kernels = Method(
-      'kernels', lambda site: site.path in chosen,
-      lambda key, site, p, stats: dict(kernel=p['kernel'].astype(jnp.float32)),
-      fold=lambda p, t: {**p, 'kernel': t['kernel']})
-
-  def gradient(params, batch, key):
-    theta = theta_lib.init(kernels, jax.random.key(0), chosen, params)
-
-    def loss(theta):
-      args, kwargs = task.inputs(batch)
-      out, _ = apply(model, kernels, params, theta, *args,
-                     train=reducer.train, rng=key, **kwargs)
-      return mean_loss(*task.loss(out, batch, None))
-
-    return {p: t['kernel'] for p, t in jax.grad(loss)(theta)['kernels'].items()}
-
-  def add(state, params, batch, key):
-    grads = gradient(params, batch, key)
-    return {p: over_stack(lambda s, g: reducer.update(s, g, None),
-                          chosen[p].stack)(state[p], grads[p]) for p in state}
-
-  if reducer.of == 'gradient':
-    return add
-
-  def step(state, params, batch, key):
-    rows = {k: v[:, None] for k, v in batch.items()}
-    keys = jax.random.split(key, len(jax.tree.leaves(batch)[0]))
-    return jax.lax.scan(
-        lambda s, row: (add(s, params, *row), None), state, (rows, keys))[0]
-
-  return step
-
-
-# ------------------------------------------------------------ equal inputs
-def owners(model, params, sites, chosen, task, batch):
-  """{path: path whose layer reads the same}, seen on one batch.
-
-  Query, key and value kernels read one array; what is computed for one of them
-  serves all. Told by a few of the numbers, which have to be equal to the bit.
-  """
-  def peek(state, x, keep):
-    del state, keep
-    flat = x.reshape(-1)
-    at = np.linspace(0, flat.size - 1, min(flat.size, 257)).astype(int)
-    return dict(some=flat[at])
-
-  one = Reducer('inputs', lambda site: dict(some=jnp.zeros(1)), peek)
-  empty = {p: over_stack(lambda _, s=s: one.init(s), s.stack)(
-      jnp.zeros(s.stack)) for p, s in chosen.items()}
-  seen = jax.device_get(jax.jit(_over_inputs(model, task, one, chosen))(
-      empty, params, batch, jax.random.key(0)))
-  first, out = {}, {}
-  for path, s in seen.items():
-    mark = (s['some'].shape, s['some'].tobytes(),
-            chosen[path].params['kernel'].shape[0])
-    out[path] = first.setdefault(mark, path)
-  return out
-
-
-# ------------------------------------------------------------------ collect
 def collect(model, params, sites, task, batches, reducer, method, at_once=0,
             key=None, folder='', every=16, marks=''):
   """Statistics at the sites of a method.
@@ -204,52 +73,66 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
   if not isinstance(method, Method):
     method = Method('calibrate', method, None)
   chosen = sites_lib.matched(method, sites)
-  _check(chosen)
+  _check(chosen, reducer.of)
   key = jax.random.key(0) if key is None else key
   owner = {p: p for p in chosen}
   if reducer.of == 'inputs':
-    for batch in batches():
-      owner = owners(model, params, sites, chosen, task, batch)
-      break
-    else:
-      raise ValueError('calibration: there are no batches')
+    first = next(iter(batches()), None)
+    if first is None:
+      raise ValueError(NO_BATCHES)
+    owner = taps.owners(model, params, chosen, task, first, reducer.train)
   mine = sorted(set(owner.values()))
   size = at_once or len(mine)
   groups = [mine[i:i + size] for i in range(0, len(mine), size)]
   saved = _Saved(folder, dict(
       reducer=reducer.name, of=reducer.of, sites=mine, at_once=at_once,
       marks=marks))
-  over = _over_inputs if reducer.of == 'inputs' else _over_gradients
   found = {}
   for i, paths in enumerate(groups):
     part = {p: chosen[p] for p in paths}
-    state = {p: over_stack(lambda _, s=s: reducer.init(s), s.stack)(
-        jnp.zeros(s.stack)) for p, s in part.items()}
-    state, done = saved.get(i, state)
-    step = jax.jit(over(model, task, reducer, part), donate_argnums=0)
-    count = done
-    if done >= 0:
-      for count, batch in enumerate(batches(), 1):
-        if count <= done:
-          continue
-        state = step(state, params, batch, jax.random.fold_in(key, count))
-        if reducer.done and all(
-            np.all(over_stack(reducer.done, part[p].stack)(s))
-            for p, s in state.items()):
-          break
-        if count % every == 0:
-          saved.put(i, state, count)
-      if not count:
-        raise ValueError('calibration: there are no batches')
-      saved.put(i, state, -1)
-    for p, s in state.items():
-      stats = over_stack(reducer.finish, part[p].stack)(s)
-      bad = [n for n, v in stats.items() if not np.isfinite(v).all()]
-      if bad:
-        raise ValueError(f'calibration: {bad[0]!r} of {p!r} is not finite; look '
-                         'for NaN in the data and the base')
-      found[p] = stats
+    state = _reduce(model, params, task, batches, reducer, part, key,
+                    saved.of_group(i, every))
+    stats = {p: over_stack(reducer.finish, part[p].stack)(s)
+             for p, s in state.items()}
+    _refuse(stats, lambda v: ~np.isfinite(v))
+    found |= stats
   return {p: found[o] for p, o in owner.items()}
+
+
+def _reduce(model, params, task, batches, reducer, part, key, saved):
+  """{path: state} of a group of layers after all batches."""
+  state = taps.empty(reducer, part)
+  for p, s in state.items():
+    for n, v in s.items():
+      if v.dtype != jnp.float32:
+        raise ValueError(f'reducer {reducer.name!r}: the state {n!r} of {p!r} '
+                         f'is {v.dtype}; expected float32')
+  state, done = saved.get(state)
+  if done == WHOLE:
+    return state
+  step = jax.jit(taps.adding(model, task, reducer, part), donate_argnums=0)
+  count = done
+  for count, batch in enumerate(batches(), 1):
+    if count <= done:
+      continue
+    state = step(state, params, batch, jax.random.fold_in(key, count))
+    if reducer.done and all(np.all(over_stack(reducer.done, part[p].stack)(s))
+                            for p, s in state.items()):
+      break
+    saved.put(state, count)
+  if not count:
+    raise ValueError(NO_BATCHES)
+  saved.put(state, WHOLE)
+  return state
+
+
+def _refuse(found, wrong=np.isnan):
+  """Raises where a number of {path: {name: array}} is wrong."""
+  for path, arrays in found.items():
+    for n, v in arrays.items():
+      if wrong(np.asarray(v)).any():
+        raise ValueError(f'calibration: {n!r} of {path!r} is not finite; look '
+                         'for NaN in the data and the base')
 
 
 def readable(site):
@@ -261,22 +144,30 @@ def readable(site):
 
 
 def _multiplies(site):
-  kernel = site.params.get('kernel')
-  return (kernel is not None and len(kernel.shape) == 2
-          and site.kind not in ('Embed', 'Conv', 'ConvTranspose'))
+  return _matrix(site) and site.kind not in ('Embed', 'Conv', 'ConvTranspose')
 
 
-def _check(chosen):
+def _matrix(site):
+  return 'kernel' in site.params and len(site.params['kernel'].shape) == 2
+
+
+def _check(chosen, of):
+  fits, kinds = _matrix, 'any layer that has one'
+  if of == 'inputs':
+    fits, kinds = _multiplies, 'a Dense, DenseGeneral or Einsum'
   for path, site in chosen.items():
-    if not _multiplies(site):
+    if not fits(site):
       raise ValueError(
           f'{path!r} ({site.kind}) cannot be calibrated: expected a kernel '
-          '[d_in, d_out] of a Dense, DenseGeneral or Einsum; leave it out of '
-          "the sites, as by select(exclude='...')")
+          f'[d_in, d_out] of {kinds}; leave it out of the sites, as by '
+          "select(exclude='...')")
 
 
 class _Saved:
-  """States on disk, one file; each group of layers at its last batch."""
+  """States on disk, one file; each group of layers at its last batch.
+
+  Nothing with NaN is written.
+  """
 
   def __init__(self, folder, about):
     self.path = os.path.join(folder, FILE) if folder else ''
@@ -286,35 +177,51 @@ class _Saved:
     try:
       with safetensors.safe_open(self.path, 'numpy') as f:
         meta = json.loads(f.metadata()['about'])
+        self.done = {int(k): v for k, v in meta.pop('done').items()}
         self.arrays = {n: f.get_tensor(n) for n in f.keys()}
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
+    except (safetensors.SafetensorError, AttributeError, KeyError, TypeError,
+            ValueError) as e:
       raise ValueError(f'{self.path} is damaged: {e}; delete it, and it is '
                        'collected anew') from e
-    self.done = {int(k): v for k, v in meta.pop('done').items()}
     for k, v in json.loads(json.dumps(about)).items():
       if meta.get(k) != v:
         raise ValueError(
             f'{self.path} was collected with {k}={meta.get(k)!r}, expected '
             f'{v!r}; delete it, or choose another folder')
 
-  def get(self, group, like):
-    """(state, batches that are in it; -1: all) of a group of layers."""
-    if group not in self.done:
-      return like, 0
-    return {p: {n: jnp.asarray(self.arrays[f'{group}:{p}:{n}'])
-                for n in s} for p, s in like.items()}, self.done[group]
+  def of_group(self, group, every):
+    """What a group of layers reads and, every so many batches, writes."""
+    name = lambda p, n: f'{group}:{p}:{n}'
 
-  def put(self, group, state, done):
-    if not self.path:
-      return
-    self.arrays |= {f'{group}:{p}:{n}': np.asarray(v)
-                    for p, s in state.items() for n, v in s.items()}
-    self.done[group] = done
-    os.makedirs(os.path.dirname(self.path), exist_ok=True)
-    safetensors.numpy.save_file(
-        self.arrays, f'{self.path}.part',
-        dict(about=json.dumps({**self.about, 'done': self.done})))
-    os.replace(f'{self.path}.part', self.path)
+    def get(like):
+      """(state, number of its last batch); WHOLE: there are no more."""
+      if group not in self.done:
+        return like, 0
+      out = {p: {n: jnp.asarray(self.arrays.get(name(p, n), ()))
+                 for n in s} for p, s in like.items()}
+      for p, s in like.items():
+        for n, v in s.items():
+          if out[p][n].shape != v.shape:
+            raise ValueError(
+                f'{self.path} has {n!r} of {p!r} in the shape '
+                f'{out[p][n].shape}, expected {v.shape}; delete it')
+      return out, self.done[group]
+
+    def put(state, done):
+      if not self.path or done != WHOLE and done % every:
+        return
+      state = jax.device_get(state)
+      _refuse(state)
+      self.arrays |= {
+          name(p, n): v for p, s in state.items() for n, v in s.items()}
+      self.done[group] = done
+      os.makedirs(os.path.dirname(self.path), exist_ok=True)
+      safetensors.numpy.save_file(
+          self.arrays, f'{self.path}.part',
+          dict(about=json.dumps({**self.about, 'done': self.done})))
+      os.replace(f'{self.path}.part', self.path)
+
+    return types.SimpleNamespace(get=get, put=put)
 
 
 # ---------------------------------------------------------- methods of a run
@@ -335,34 +242,40 @@ def of_run(methods, config, case, params, sites, marks, folder='', key=None):
     (methods, {method name: {path: stats}}).
   """
   named = as_methods(methods)
-  if not any(m.calibration for m in named.values()):
+  starting = [n for n, m in named.items() if m.calibration]
+  if not starting:
     return methods, {}
+  if config.start:  # what the adapter there started from is in its theta
+    return methods, stand_in(methods, sites)
   if jax.process_count() > 1:
     raise ValueError(
-        f'{", ".join(n for n, m in named.items() if m.calibration)}: several '
-        'processes cannot calibrate; train for 0 steps in one process first, '
-        'and give the others its adapter by config.start')
+        f'{", ".join(starting)}: several processes cannot calibrate; train for '
+        '0 steps in one process first, and give them its adapter by '
+        'config.start')
   said, own = config.calibrate, config.copy_and_resolve_references()
   own.batch = said.batch or config.batch
   arrays = case.arrays['train']
-  if said.name:
-    own.data.update(name=said.name, path=said.path, train=0)
-    own.data.splits.train = said.split
+  if said.name or said.path or said.options or said.split != 'train':
+    if said.name:
+      own.data.update(name=said.name, path='', options={})
+    own.data.update(train=0, path=said.path or own.data.path,
+                    options={**own.data.options, **said.options})
+    own.data.splits.train, own.task.metric = said.split, ''
     arrays = case_lib.load(own, ('train',), case.classes,
                            read=lambda *a, **k: case.base).arrays['train']
+  full = config_lib.to_json(config)
+  marks = [marks, *(full[k] for k in (
+      'calibrate', 'data', 'task', 'batch', 'seed', 'dtype'))]
 
   def batches():
     found, _ = case_lib.batches(own, arrays)
     return itertools.islice(found, said.batches)
 
-  stats = {}
-  for name, m in named.items():
-    if m.calibration:
-      stats[name] = collect(
-          case.base.model, params, sites, case.task, batches, m.calibration, m,
-          said.at_once, key,
-          os.path.join(folder, 'calibration', name) if folder else '',
-          marks=[marks, said.to_dict(), config.data.to_dict(), config.seed])
+  stats = {name: collect(
+      case.base.model, params, sites, case.task, batches,
+      named[name].calibration, named[name], said.at_once, key,
+      os.path.join(folder, 'calibration', name) if folder else '', marks=marks)
+           for name in starting}
   return fitted(methods, stats, sites)
 
 

@@ -32,7 +32,8 @@ PLACEMENT = ('mesh', 'shard_rules')
 AUGMENT = ('', 'crop', 'crop_flip')
 
 # Keys below which anything may stand; checked where it is used.
-_FREE = ('method', 'shard_rules', 'optim.groups', 'data.options')
+_FREE = ('method', 'shard_rules', 'optim.groups', 'data.options',
+         'calibrate.options')
 
 
 def defaults():
@@ -81,11 +82,11 @@ def defaults():
   c.method = ()
   c.loss = dict(label_smoothing=0.0)
   # What methods that start from data see of it: so many batches of so many rows
-  # (0: batch) of the training data, or of the set that name, path and split
-  # say, encoded for the same task; at_once: layers whose statistics are held at
-  # a time (0: all), at a pass over the batches for each group of them.
+  # (0: batch) of the training data, or of the set that name, path, split and
+  # options say, encoded for the same task; at_once: layers whose statistics are
+  # held at a time (0: all), at a pass over the batches for each group of them.
   c.calibrate = dict(batches=8, batch=0, at_once=0, name='', path='',
-                     split='train')
+                     split='train', options={})
   number = lambda: config_dict.placeholder(float)
   c.optim = dict(
       lr=1e-3, weight_decay=0.0, clip=1.0, schedule='cosine', warmup=0.1,
