@@ -107,8 +107,8 @@ class Method(NamedTuple):
       after_step, over {path: t}: what follows the gradients, such as budgets.
       It may change frozen leaves. `grads` holds those of the trained leaves,
       `step` counts from the stage's start and `steps` is its length.
-    outer: Trained leaves that follow the hypergradient of the loss on a part of
-      the data of their own (`bilevel.py`).
+    outer: `bilevel.Outer`: the trained leaves that follow the hypergradient of
+      the loss on a part of the data of their own, and how; or None.
     calibration: `calibrate.Reducer` of the statistics that `init` gets, or None.
     fit: `(stats, {path: Site}) -> ({hyper-parameter: value}, stats)`: outside
       jit, what `load` makes the method from whose shapes follow from
@@ -139,7 +139,7 @@ class Method(NamedTuple):
   penalty: Optional[Callable] = None
   after_step: Optional[Callable] = None
   track: Optional[Callable] = None
-  outer: tuple[str, ...] = ()
+  outer: Optional[Any] = None
   calibration: Optional[Any] = None
   fit: Optional[Callable] = None
   phases: tuple = ()

@@ -2,7 +2,8 @@
 
 A method says which leaf is of which kind (`Method.labels`, leaf -> group); what
 a group is trained with stands here and in the config. Each group has a learning
-rate, a weight decay and a gradient norm of its own to clip.
+rate, a weight decay, decays of the moments (b1, b2) and a gradient norm of its
+own to clip.
 
 The wrappers turn one optax transformation into another: `by_label`, `gated`,
 `project_after`, `transform_grad`.
@@ -25,11 +26,15 @@ GROUPS = {
     # The ratio of "LoRA+: Efficient Low Rank Adaptation of Large Models" (arXiv
     # 2402.12354).
     'fast': dict(lr=16.0),
+    # Logits of a search, whose gradients are those of a loss that moves with
+    # the weights: "AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank
+    # Adaptation Based on Meta Learning" (arXiv 2403.09113).
+    'search': dict(b1=0.5, b2=0.999, weight_decay=0.0),
     # lambda of "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv
     # 2503.18225), which is tuned apart from the angles and is not at home at 0.
     'strength': dict(weight_decay=0.0),
 }
-_KEYS = ('lr', 'lr_abs', 'weight_decay', 'clip')
+_KEYS = ('lr', 'lr_abs', 'weight_decay', 'clip', 'b1', 'b2')
 
 
 # ------------------------------------------------------------ the optimiser
@@ -69,7 +74,7 @@ def schedule(config, steps, warm=None):
 
 
 def settings(config, used, lr=None):
-  """{group: {'lr', 'weight_decay', 'clip'}} of all groups in `used`.
+  """{group: {'lr', 'weight_decay', 'clip', 'b1', 'b2'}} of groups in `used`.
 
   Args:
     config: `config.optim`.
@@ -78,7 +83,7 @@ def settings(config, used, lr=None):
 
   Raises:
     ValueError: the config names an unknown group or setting, gives both lr and
-      lr_abs, or a negative number.
+      lr_abs, a negative number, or a decay of 1 or more.
   """
   known = {*GROUPS, *used}
   for name, given in config.groups.items():
@@ -92,6 +97,9 @@ def settings(config, used, lr=None):
       if value is not None and not value >= 0:
         raise ValueError(
             f'optim.groups.{name}.{key}={value}: expected at least 0')
+      if key in ('b1', 'b2') and value is not None and not value < 1:
+        raise ValueError(f'optim.groups.{name}.{key}={value}: expected a number '
+                         'in [0, 1)')
   out, lr = {}, config.lr if lr is None else lr
   for name in sorted(used):
     given = {k: v for k, v in config.groups.get(name, {}).items()
@@ -106,7 +114,8 @@ def settings(config, used, lr=None):
     out[name] = dict(
         lr=s.get('lr_abs', lr * s.get('lr', 1.0)),
         weight_decay=s.get('weight_decay', config.weight_decay),
-        clip=s.get('clip', config.clip))
+        clip=s.get('clip', config.clip), b1=s.get('b1', config.b1),
+        b2=s.get('b2', config.b2))
   return out
 
 
@@ -132,7 +141,7 @@ def make(config, methods, theta, steps, warm=None, lr=None):
   groups = {}
   for name, s in settings(config, set(jax.tree.leaves(tree)), lr).items():
     adamw = optax.adamw(
-        lambda count, lr=s['lr']: lr * factor(count), config.b1, config.b2,
+        lambda count, lr=s['lr']: lr * factor(count), s['b1'], s['b2'],
         config.eps, weight_decay=s['weight_decay'])
     groups[name] = adamw if not s['clip'] else optax.chain(
         optax.clip_by_global_norm(s['clip']), adamw)

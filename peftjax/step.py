@@ -24,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peftjax import bilevel
 from peftjax import calibrate
 from peftjax import diagnose
 from peftjax import optim
 from peftjax import sharding
 from peftjax import theta as theta_lib
 from peftjax.apply import apply
+from peftjax.method import as_methods
 from peftjax.tasks.base import mean_loss, Task
 
 
@@ -134,29 +136,38 @@ def step_key(rng, step):
 
 
 def make_loss(run, stage):
-  """`(trained, frozen, params, batch, rng, step) -> (loss, model's output)`.
+  """`(trained, frozen, params, batch, rng, step, rows) -> (loss, output)`.
 
-  The task's loss of the batch, plus the methods' penalties.
+  The task's loss of the batch, or of those of its rows that are in `rows`, bool
+  [B], plus the methods' penalties; and the model's output.
   """
   smoothing = run.config.loss.label_smoothing
 
-  def loss_fn(trained, frozen, params, batch, rng, step):
+  def loss_fn(trained, frozen, params, batch, rng, step, rows=None):
     theta = theta_lib.combine(trained, frozen)
     args, kwargs = run.task.inputs(batch)
     with sharding.rows_stay(run.mesh, len(jax.tree.leaves(batch)[0])):
       out, aux = apply(run.model, stage.methods, params, theta, *args,
                        train=True, rng=rng, **kwargs)
-    loss = mean_loss(*run.task.loss(out, batch, smoothing))
+    found = run.task.loss(out, batch, smoothing)
+    if rows is not None:
+      found = bilevel.on_rows(*found, rows)
+    loss = mean_loss(*found)
     return loss + theta_lib.penalty(stage.methods, theta, aux, step), out
 
   return loss_fn
 
 
-def update(stage, tx, state, grads):
+def update(stage, tx, state, grads, pace):
   """(trained, frozen, optimiser state) after gradients."""
   updates, opt = tx.update(grads, state['opt'], state['trained'])
-  theta = theta_lib.after_step(stage.methods, theta_lib.combine(
-      optax.apply_updates(state['trained'], updates), state['frozen']))
+  theta = theta_lib.combine(
+      optax.apply_updates(state['trained'], updates), state['frozen'])
+  for name, m in as_methods(stage.methods).items():
+    if m.track:
+      theta[name] = m.track(theta[name], grads[name],
+                            state['step'] - pace['start'], pace['steps'])
+  theta = theta_lib.after_step(stage.methods, theta)
   return (*theta_lib.partition(stage.methods, theta), opt)
 
 
@@ -167,23 +178,27 @@ def make_step(run, stage):
   it, until the host has noticed.
   """
   config = run.config.optim
-  loss_fn = make_loss(run, stage)
+  bilevel.check(run.config, stage.methods)
+  differentiate = bilevel.value_and_grad(make_loss(run, stage), stage.methods)
 
   def step_fn(state, params, batch, pace):
     step = state['step']
     tx = optim.make(config, stage.methods, state['trained'], **{
         k: pace[k] for k in ('steps', 'warm', 'lr')})
     factor = optim.schedule(config, pace['steps'], pace['warm'])
-    (loss, out), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    (loss, out), grads = differentiate(
         state['trained'], state['frozen'], params, batch,
         step_key(state['rng'], step), step)
-    trained, frozen, opt = update(stage, tx, state, grads)
+    trained, frozen, opt = update(stage, tx, state, grads, pace)
     new = dict(state, trained=trained, frozen=frozen, opt=opt)
     if config.ema:
       new['ema'] = optax.incremental_update(
           trained, state['ema'], 1 - config.ema)
+    moved = [n for n, o in zip(
+        jax.tree.leaves((trained, frozen)),
+        jax.tree.leaves((state['trained'], state['frozen']))) if n is not o]
     finite = jnp.isfinite(loss) & jnp.all(jnp.array(
-        [jnp.isfinite(v).all() for v in jax.tree.leaves(trained)]))
+        [jnp.isfinite(v).all() for v in moved]))
     bad = jnp.where((state['bad'] < 0) & ~finite, step, state['bad'])
     # What no step changes passes through: in a bank it has no members' axis.
     new = jax.tree.map(
@@ -278,13 +293,16 @@ def blame(run, stage, tx, state, step, batch):
       *args, rng=rng, **kwargs)
   if site is not None:
     return f'in the output of {site!r}'
-  loss_fn = make_loss(run, stage)
-  (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+  differentiate = bilevel.value_and_grad(make_loss(run, stage), stage.methods)
+  (loss, _), grads = jax.jit(differentiate)(
       state['trained'], state['frozen'], run.params, batch, rng, step)
   leaf = diagnose.nonfinite_leaf(grads)
   if leaf:
     return f'in the gradient of {leaf!r}'
   if not jnp.isfinite(loss):
     return 'in the loss, with finite outputs at every site'
-  return ('in the new value of '
-          f'{diagnose.nonfinite_leaf(update(stage, tx, state, grads)[0])!r}')
+  # The state has counted on since.
+  trained, frozen, _ = update(stage, tx, dict(state, step=step), grads,
+                              _pace(run, stage))
+  leaf = diagnose.nonfinite_leaf(theta_lib.combine(trained, frozen))
+  return f'in the new value of {leaf!r}'

@@ -48,6 +48,22 @@ def test_one_step_of_every_group_by_hand():
   np.testing.assert_allclose(gates['s'], 0.01, rtol=1e-5)
 
 
+def test_a_group_has_moments_of_its_own():
+  methods = Method('search', None, None, labels=dict(logits='search')),
+  t = {'search': {'up': dict(a=jnp.zeros(2), logits=jnp.zeros(2))}}
+  c = config(lr=0.1, weight_decay=0.1, clip=0.0)
+  tx = optim.make(c, methods, t, steps=10)
+  state, ones = tx.init(t), jax.tree.map(jnp.ones_like, t)
+  for g in (ones, jax.tree.map(jnp.zeros_like, t)):
+    updates, state = tx.update(g, state, t)
+  # m / (1 - b1^2) over the root of v / (1 - b2^2), from m = b1 (1 - b1).
+  root = (0.001 * 0.999 / (1 - 0.999 ** 2)) ** 0.5
+  for leaf, b1 in (('a', 0.9), ('logits', 0.5)):
+    m = b1 * (1 - b1) / (1 - b1 ** 2)
+    np.testing.assert_allclose(
+        updates['search']['up'][leaf], -0.1 * m / root, rtol=1e-4)
+
+
 def test_each_group_is_clipped_by_its_own_norm():
   c = config(clip=1.0)
   c.groups.fast.clip = 0.5
@@ -95,9 +111,12 @@ def test_config_overrides_a_group_and_unknown_groups_are_refused():
   c.groups = dict(head=dict(lr=-1.0))
   with pytest.raises(ValueError, match='lr=-1.0'):
     optim.settings(c, {'head'})
+  c.groups = dict(head=dict(b1=1.0))
+  with pytest.raises(ValueError, match=r'b1=1.0: expected a number in \[0, 1'):
+    optim.settings(c, {'head'})
   # A group that only a method knows gets the defaults.
   assert optim.settings(config(lr=0.01), {'mine'})['mine'] == dict(
-      lr=0.01, weight_decay=0.0, clip=1.0)
+      lr=0.01, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999)
 
 
 def test_state_sharding_follows_theta():

@@ -60,9 +60,9 @@ def _stack_thetas(stage, thetas):
           jax.device_get(alike(frozen, all_frozen[0])), frozen, all_frozen[0])
     all_trained.append(trained)
     all_frozen.append(frozen)
-  # What a method changes after a step is each member's own from the start.
+  # What a method may change at a step is each member's own from the start.
   shared = {name: jax.tree.map(
-      lambda one, *more, m=named[name]: m.after_step is None and all(
+      lambda one, *more, m=named[name]: not (m.after_step or m.track) and all(
           v is one for v in more), by_path, *(f[name] for f in all_frozen[1:]))
             for name, by_path in all_frozen[0].items()}
   trained = jax.tree.map(lambda *v: jnp.stack(v), *all_trained)
