@@ -15,6 +15,7 @@ import os
 
 from absl import app
 
+from experiments import rules
 from experiments.claims import decide
 from experiments.table import pivot
 from peftjax import report
@@ -55,12 +56,7 @@ def quickstart(run):
 
 def claims(rows):
   """One line a claim: rule, numbers, verdict."""
-  lines = []
-  for claim in decide.CLAIMS:
-    verdict, texts = decide.decide(claim, rows)
-    lines.append({'claim': claim.name, 'the paper': claim.paper,
-                  'here': '<br>'.join(texts), 'verdict': f'**{verdict}**'})
-  return report.markdown(lines)
+  return report.markdown(rules.table(decide.CLAIMS, rows))
 
 
 def energy(rows):

@@ -20,7 +20,8 @@ its task's metric, `config.task.metric`.
 
 With --record=FILE every finished cell is also kept in that file, a few numbers a
 cell, small enough to commit: another machine takes them from there, as long as
-their configs say the same, and runs what is missing.
+their configs say the same, and runs what is missing. Where `eval_every` is on,
+cells also keep the loss of the split that was looked at, step by step.
 
 Cells of one arm and task differ in learning rate, steps and seed, which are
 arguments of the compiled programs: they are compiled once and found again in
@@ -46,10 +47,11 @@ from rich import table as rich_table
 
 from peftjax import config as config_lib
 from peftjax import measures
+from peftjax import metrics as metrics_lib
 from peftjax import report
 from peftjax import trees
 from peftjax.data import builders
-from peftjax.train import train
+from peftjax.train import train, watched
 
 
 def _cell(base, overrides, **more):
@@ -93,18 +95,34 @@ def shorten(summary):
   keys = ('after', 'main', 'trained', 'stored', 'steps_per_second',
           'peak_bytes', 'compile_seconds')
   return {'config': changes(summary['config']),
-          **{k: summary[k] for k in keys}}
+          **{k: summary[k] for k in keys},
+          **{k: summary[k] for k in ('curve',) if k in summary}}
+
+
+def _with_curve(summary, config, path):
+  """A run's summary with {step: loss} of what it looked at on its way."""
+  if not config.eval_every:
+    return summary
+  name = f'{watched(config)}/loss'
+  return dict(summary, curve={
+      str(line['step']): round(line[name], 5)
+      for line in metrics_lib.read(path) if name in line})
 
 
 class Record:
   """The file of --record: {label: shortened summary}, one line each.
 
+  Attributes:
+    path: The file, or None.
+    cells: What it holds.
+    only: Whether a cell that is missing has failed, and is not run.
+
   Raises:
     ValueError: a file that is there and is no such record.
   """
 
-  def __init__(self, path=None):
-    self.path, self.cells = path, {}
+  def __init__(self, path=None, only=False):
+    self.path, self.cells, self.only = path, {}, only
     if path and os.path.exists(path):
       with open(path, encoding='utf-8') as f:
         try:
@@ -144,7 +162,7 @@ def run_cell(config, workdir, label, cache=None, record=None):
   """
   record = record or Record()
   found = record.find(label, config)
-  if found:
+  if found or record.only:
     return found
   summary = _run_cell(config, workdir, label, cache)
   record.add(label, summary)
@@ -158,7 +176,7 @@ def _run_cell(config, workdir, label, cache):
   done = os.path.join(path, 'summary.json')
   if os.path.exists(done):
     with open(done) as f:
-      return json.load(f)
+      return _with_curve(json.load(f), config, path)
   failed = os.path.join(path, 'error.txt')
   if os.path.exists(failed):
     os.remove(failed)
@@ -168,7 +186,7 @@ def _run_cell(config, workdir, label, cache):
       raise SystemExit(f'stopped at step {summary["stopped_at"]} of {label}; '
                        'the same command goes on from there')
     shutil.rmtree(os.path.join(path, 'checkpoints'), ignore_errors=True)
-    return summary
+    return _with_curve(summary, config, path)
   except Exception:  # pylint: disable=broad-except: the other cells go on
     os.makedirs(path, exist_ok=True)
     with open(failed, 'w') as f:
@@ -196,7 +214,7 @@ def search(grid, arm, task, workdir, say, cache=None, record=None):
     config = _cell(base, [], **{
         'optim.lr': lr, 'seed': grid.search.seed,
         'steps': max(1, round(base.steps * grid.search.fraction)),
-        'eval_split': 'validation'})
+        'eval_every': 0, 'eval_split': 'validation'})
     say(f'{arm[0]} {task[0]} lr {lr:.3g} (search)')
     summary = run_cell(
         config, workdir, _name(task[0], arm[0], f'lr{lr:.3g}'), cache, record)
@@ -241,6 +259,7 @@ def run(grid, workdir, say=print, record=None):
             trained=summary['trained'], stored=summary['stored'],
             step_seconds=1 / summary['steps_per_second'],
             peak_bytes=summary['peak_bytes'], metrics=after,
+            **{k: summary[k] for k in ('curve',) if k in summary},
             search={f'{k:.3g}': v if v is None else round(v, 4)
                     for k, v in scores.items()}))
   return rows, failures

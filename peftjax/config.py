@@ -21,7 +21,8 @@ SPLITS = ('test', 'validation', 'train')
 
 # Keys that change what is written, not what is trained: a run may be continued
 # with other values.
-COSMETIC = ('log_every', 'eval_every', 'checkpoint_every', 'keep')
+COSMETIC = ('log_every', 'eval_every', 'watch_split', 'checkpoint_every',
+            'keep')
 
 # Keys that say where numbers lie, not what they are: a run may be continued on
 # other devices. The batch stays as it was.
@@ -93,12 +94,14 @@ def defaults():
       b1=0.9, b2=0.999, eps=1e-8, ema=0.0,
       # What a group has of its own; None: as the built-in groups of optim.py.
       groups={g: dict(lr=number(), lr_abs=number(), weight_decay=number(),
-                      clip=number())
-              for g in ('head', 'gate', 'fast', 'no_decay', 'strength')})
+                      clip=number(), b1=number(), b2=number())
+              for g in ('head', 'gate', 'fast', 'no_decay', 'search',
+                        'strength')})
   c.mesh = dict(data=-1, model=1)  # -1: the rest of the devices
   c.shard_rules = ()  # ((regex on a param's path, axes of its dims), ...)
   c.log_every = 10
   c.eval_every = 0  # 0: only before and after
+  c.watch_split = ''  # what eval_every looks at; '': eval_split
   c.checkpoint_every = 50  # 0: only at the end
   c.keep = 2  # checkpoints
   return c
@@ -125,7 +128,7 @@ def check(config):
       raise ValueError(f'method entry {m!r}: expected a mapping with a name '
                        "such as dict(name='lowrank.lora', rank=8)")
   for key, choices in (('dtype', DTYPES), ('model.param_dtype', DTYPES),
-                       ('eval_split', SPLITS),
+                       ('eval_split', SPLITS), ('watch_split', ('', *SPLITS)),
                        ('model.fused', FUSED_RULES),
                        ('optim.schedule', SCHEDULES),
                        ('data.augment', AUGMENT)):

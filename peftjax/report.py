@@ -143,7 +143,7 @@ def write(rows, folder):
     json.dump(rows, f, indent=1)
     f.write('\n')
   with open(paths[1], 'w', newline='') as f:
-    names = [n for n in rows[0] if n not in ('metrics', 'search')]
+    names = [n for n in rows[0] if n not in ('metrics', 'search', 'curve')]
     writer = csv.DictWriter(f, names, extrasaction='ignore')
     writer.writeheader()
     writer.writerows(rows)

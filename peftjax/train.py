@@ -93,7 +93,7 @@ def prepare(config, cache=None, workdir=''):
   # A folder is read straight into its shards. Several processes read it whole:
   # the fingerprint, theta's start and the adapter need arrays of one process.
   case = case_lib.load(
-      config, ('train', config.eval_split), cache=cache,
+      config, ('train', watched(config), config.eval_split), cache=cache,
       mesh=mesh if jax.process_count() == 1 else None)
   base = case.base.params
   args, kwargs = case.example()
@@ -200,7 +200,7 @@ def _train(config, workdir, progress, cache, saved, stopped):
   base, fingerprint = case.base.params, case.base.fingerprint
 
   # ---------------------------------------------------------------------- data
-  row, held_out = case.sample('train'), case.arrays[config.eval_split]
+  row, watch = case.sample('train'), watched(config)
   batches, lengths = case_lib.batches(
       config, case.arrays['train'], *sharding.data_shard(mesh))
   # What is in memory is gathered when it is asked for, and not before.
@@ -208,9 +208,10 @@ def _train(config, workdir, progress, cache, saved, stopped):
       batches, sharding.batch_sharding(mesh), 2 if config.data.stream else 0)
 
   def evaluate_with(stage):
-    judge = evaluator(
-        model, stage.methods, held_out, config.eval_batch, mesh, task)
-    return lambda state, write=False: judge(
+    judges = {split: evaluator(
+        model, stage.methods, case.arrays[split], config.eval_batch, mesh, task)
+              for split in {config.eval_split, watch}}
+    return lambda state, split=config.eval_split, write=False: judges[split](
         run.params, step_lib.best(state), write)
 
   # ----------------------------------------------------------- start or resume
@@ -297,11 +298,10 @@ def _train(config, workdir, progress, cache, saved, stopped):
           continue
         clock['seconds'] += time.perf_counter() - tick
         clock['steps'] = step
-        if evaluate_now and step < config.steps:
-          now = evaluate(state)
-          write(step, named(config.eval_split, now))
-          say(f'step {step}/{config.steps} {config.eval_split} '
-              + described(task, now))
+        if evaluate_now and (step < config.steps or watch != config.eval_split):
+          now = evaluate(state, watch)
+          write(step, named(watch, now))
+          say(f'step {step}/{config.steps} {watch} ' + described(task, now))
         if save_now:
           checkpoint.save(saved, step, state, dict(
               config=said, base=fingerprint, stage=index, before=before,
@@ -322,6 +322,11 @@ def _train(config, workdir, progress, cache, saved, stopped):
         f'{described(task, after)} after; {summary["trained"]} of '
         f'{summary["base"]} trained; adapter in {summary["adapter"]}')
     return summary
+
+
+def watched(config):
+  """The split that is looked at every `eval_every` steps."""
+  return (config.eval_every and config.watch_split) or config.eval_split
 
 
 def named(split, found):

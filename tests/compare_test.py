@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments.claims import decide
+from experiments import rules
 from peftjax import bases
 from peftjax import compare
 from peftjax import config as config_lib
@@ -159,17 +159,58 @@ def test_pairs_are_matched_by_seed_and_tasks_averaged_first():
     ([0.62, 0.63, 0.64], 'NI', 1.0, 'contradicted')])
 def test_decision_rules(other, rule, margin, verdict):
   rows = _rows(a=[0.60, 0.61, 0.62], b=other)
-  part = decide.Part(rule, 'a', 'b', margin)
-  assert decide.decide_part(part, rows)[0] == verdict
+  part = rules.Part(rule, 'a', 'b', margin)
+  assert rules.decide_part(part, rows)[0] == verdict
 
 
 def test_claim_needs_every_part():
   rows = _rows(a=[0.60, 0.61, 0.62], bb=[0.50, 0.51, 0.52],
                ccc=[0.5, 0.6, 0.7])
-  better = decide.Part('SUP', 'a', 'bb')
-  fewer, more = decide.Part('FEWER', 'a', 'bb'), decide.Part('FEWER', 'bb', 'a')
-  open_ = decide.Part('SUP', 'a', 'ccc')
-  verdict = lambda *parts: decide.decide(decide.Claim('', '', parts), rows)[0]
+  better = rules.Part('SUP', 'a', 'bb')
+  fewer, more = rules.Part('FEWER', 'a', 'bb'), rules.Part('FEWER', 'bb', 'a')
+  open_ = rules.Part('SUP', 'a', 'ccc')
+  verdict = lambda *parts: rules.decide(rules.Claim('', '', parts), rows)[0]
   assert verdict(better, fewer) == 'shown'
   assert verdict(better, open_) == 'not shown'
   assert verdict(better, more, open_) == 'contradicted'
+  twice = rules.Part('FEWER', 'a', 'bb', 2)
+  assert verdict(twice) == 'contradicted'  # 1 number against 2: not above it
+
+
+def test_of_losses_the_smaller_is_better():
+  rows = [dict(r, loss=r['score']) for r in _rows(
+      a=[0.60, 0.61, 0.62], b=[0.50, 0.51, 0.52])]
+  verdict = lambda *part: rules.decide_part(rules.Part(*part), rows)[0]
+  assert verdict('SUP', 'b', 'a', 0, 'loss') == 'shown'
+  assert verdict('SUP', 'a', 'b', 0, 'loss') == 'contradicted'
+  assert verdict('NI', 'a', 'b', 0.2, 'loss') == 'shown'
+  assert verdict('NI', 'a', 'b', 0.05, 'loss') == 'contradicted'
+
+
+def test_speed_up_is_told_from_the_curves():
+  slow = {'10': 1.0, '20': 0.8, '30': 0.6}
+  assert rules.steps_to(slow, 0.7) == pytest.approx(25)
+  assert rules.steps_to(slow, 2.0) == 10
+  rows = [dict(arm=a, task='t', seed=s, curve=c) for s in (0, 1) for a, c in (
+      ('slow', slow), ('fast', {'10': 0.7, '20': 0.5, '30': 0.5}),
+      ('never', {'10': 1.0, '20': 1.0, '30': 1.0}))]
+  # The loss of 0.6 in 30 steps, against 15.
+  assert rules.speed_up(rows, 'fast', 'slow') == pytest.approx([2.0, 2.0])
+  decide = lambda arm: rules.decide_part(
+      rules.Part('FASTER', arm, 'slow', 1.2), rows)[0]
+  assert decide('fast') == 'shown' and decide('never') == 'contradicted'
+  assert decide('slow') == 'not shown'
+
+
+def test_curves_of_another_split_are_kept(tiny_weights, tmp_path):
+  grid = _grid(tiny_weights, ARMS[:1])
+  grid.base.eval_every, grid.base.watch_split = 2, 'validation'
+  file = str(tmp_path / 'cells.json')
+  run = lambda place, **k: compare.run(
+      grid, str(tmp_path / place), say=lambda *_: None,
+      record=compare.Record(file, **k))
+  (row,), _ = run('a')
+  assert set(row['curve']) == {'2', '4'} and row['curve']['2'] > 0
+  assert run('b', only=True)[0] == [row]
+  grid.seeds = (1,)
+  assert run('c', only=True)[1] == ['kmnist-head-s1']  # and nothing is trained
