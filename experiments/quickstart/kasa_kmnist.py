@@ -1,0 +1,16 @@
+"""KaSA on every kernel of vit_s, and a new head, on Kuzushiji-MNIST.
+
+  python -m peftjax.train --config=experiments/quickstart/kasa_kmnist.py \
+      --workdir=runs/kasa_kmnist
+
+`:runlocal` does two steps.
+"""
+
+from experiments import common
+
+
+def get_config(arg=None):
+  """The training config; `arg` as in `common.parse_arg`."""
+  return common.kmnist(
+      method=(dict(name='lowrank.kasa', rank=8), common.HEAD), lr=3e-3,
+      arg=arg)
