@@ -85,7 +85,7 @@ def lora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
                 check=check, count=count)
 
 
-def by_site(rank, alpha, scaling, rank_pattern, alpha_pattern):
+def by_site(rank, alpha, scaling, rank_pattern, alpha_pattern, least=1):
   """Rank and scale of every site.
 
   Args:
@@ -94,6 +94,7 @@ def by_site(rank, alpha, scaling, rank_pattern, alpha_pattern):
     scaling: 'lora' or 'rslora'.
     rank_pattern: (regex, rank) pairs or a mapping.
     alpha_pattern: (regex, alpha) pairs or a mapping.
+    least: The least rank; with 0 sites may be left without an adapter.
 
   Returns:
     (path -> r, path -> s, the check of a method's sites).
@@ -126,12 +127,12 @@ def by_site(rank, alpha, scaling, rank_pattern, alpha_pattern):
         raise ValueError(f'{path!r} ({site.kind}) has no kernel; it has '
                          f'{sorted(site.params)}')
       most, r = min(site.params['kernel'].shape), rank_of(path)
-      if not isinstance(r, numbers.Integral) or not 1 <= r <= most:
-        near = min(max(int(r), 1), most) if isinstance(r, numbers.Real) else 8
+      if not isinstance(r, numbers.Integral) or not least <= r <= most:
+        near = max(int(r), least) if isinstance(r, numbers.Real) else 8
         raise ValueError(
-            f'rank {r!r} at {path!r}: expected a whole number from 1 to {most} '
-            f'for a kernel of {list(site.params["kernel"].shape)}; the nearest '
-            f'is {min(near, most)}')
+            f'rank {r!r} at {path!r}: expected a whole number from {least} to '
+            f'{most} for a kernel of {list(site.params["kernel"].shape)}; the '
+            f'nearest is {min(near, most)}')
 
   return rank_of, scale_of, check
 

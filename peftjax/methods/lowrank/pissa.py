@@ -69,7 +69,8 @@ def starting_at(name, start, rank, alpha, scaling, rank_pattern, alpha_pattern,
 
   Args:
     name: The method's.
-    start: (kernel [d_in, d_out], r, s) -> (A0 [d_in, r], B0 [r, d_out]).
+    start: (kernel [d_in, d_out], r, s) -> (A0 [d_in, r], B0 [r, d_out]); of a
+      method with a `calibration`, (kernel, r, s, stats).
     rank: As for `lora`, like all that follow.
     alpha: Numerator of the scale.
     scaling: 'lora' or 'rslora'.
@@ -86,8 +87,9 @@ def starting_at(name, start, rank, alpha, scaling, rank_pattern, alpha_pattern,
       rank, alpha, scaling, rank_pattern, alpha_pattern)
 
   def init(key, site, p, stats):
-    del key, stats
-    a, b = start(p['kernel'], rank_of(site.path), scale_of(site.path))
+    del key
+    found = () if stats is None else (stats,)
+    a, b = start(p['kernel'], rank_of(site.path), scale_of(site.path), *found)
     return dict(a=a, b=b, a0=a, b0=b)
 
   def prepare(t, ctx):  # a LoRA of rank 2 r, for `lora` to fold and to apply

@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peftjax
+from peftjax import calibrate
+from peftjax.tasks.base import Task
 import pytest
+
+from peftjax import calibrate
+from peftjax.tasks.base import Task
 
 
 class Mlp(nn.Module):
@@ -60,10 +65,51 @@ def case():
 @pytest.fixture(scope='session')
 def moved():
   """(method, case) -> theta away from its start; what is frozen stays."""
-  def make(method, case, scale=0.3):
-    start = peftjax.init(method, jax.random.key(0), case.sites, case.params)
+  def make(method, case, scale=0.3, start=None):
+    if start is None:
+      start = peftjax.init(method, jax.random.key(0), case.sites, case.params)
     trained, frozen = peftjax.partition(method, start)
     return peftjax.combine(noise(trained, scale, 2), frozen)
+  return make
+
+
+@pytest.fixture(scope='session')
+def collected():
+  """(method, case, inputs of batches) -> what the method starts from.
+
+  The loss of a batch is the mean over its rows of sum(sin(y)).
+  """
+  def make(method, case, batches):
+    def loss(out, batch, smoothing):
+      del batch, smoothing
+      return jnp.sin(out).reshape(len(out), -1).sum(-1), None
+
+    task = Task('test', 'loss', lambda b: ((b['x'],), {}), loss, None, None)
+    return {method.name: calibrate.collect(
+        case.model, case.params, case.sites, task,
+        lambda: iter([dict(x=x) for x in batches]), method.calibration, method)}
+  return make
+
+
+@pytest.fixture(scope='session')
+def calibrated():
+  """(method, case, inputs of the model) -> method, theta and stats, as training
+  makes them; every array of `inputs` is a batch."""
+  task = Task('squares', 'loss', lambda batch: ((batch['x'],), {}),
+              lambda out, batch, smoothing: (jnp.square(out).sum(-1), None),
+              None, None)
+
+  def make(method, case, inputs):
+    stats = calibrate.collect(
+        case.model, case.params, case.sites, task,
+        lambda: iter([dict(x=x) for x in inputs]), method.calibration, method)
+    (method,), stats = calibrate.fitted(
+        method, {method.name: stats}, case.sites)
+    theta = peftjax.init(
+        method, jax.random.key(0), case.sites, case.params, stats)
+    return types.SimpleNamespace(
+        method=method, theta=theta, stats=stats[method.name])
+
   return make
 
 
