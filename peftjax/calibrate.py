@@ -12,6 +12,9 @@ Inputs are met by an interceptor (taps.py), as methods meet them: scanned and
 rematerialised models, fused kernels and DenseGeneral need nothing of their own.
 The states of a scanned layer are stacked as its kernels are. All is float32,
 whatever the model computes in.
+
+A new head is all zeros and lets no gradient through to the layers below: in
+training, gradients are those after a first step of AdamW on such a head.
 """
 
 import itertools
@@ -30,12 +33,15 @@ from peftjax import config as config_lib
 from peftjax import method as method_lib
 from peftjax import sites as sites_lib
 from peftjax import taps
+from peftjax import trees
 from peftjax.folding import over_stack
 from peftjax.method import as_methods, Method, nearest
+from peftjax.ops import statistics
 from peftjax.ops.statistics import Reducer
 
 KINDS = ('inputs', 'gradient', 'examples')
 FILE = 'calibration.safetensors'
+HEAD_STEP = 1e-3  # learning rate that new heads take a first step with
 WHOLE = -1  # in the place of the number of a last batch
 NO_BATCHES = 'calibration: there are no batches'
 
@@ -66,7 +72,7 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
 
   Raises:
     ValueError: sites that cannot be calibrated, no batches, a file of another
-      collection, NaN in what was collected.
+      collection, NaN in what was collected, gradients that are all 0.
   """
   if reducer.of not in KINDS:
     raise ValueError(f'reducer of {reducer.of!r}{nearest(reducer.of, KINDS)}')
@@ -96,6 +102,10 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
              for p, s in state.items()}
     _refuse(stats, lambda v: ~np.isfinite(v))
     found |= stats
+  if reducer.of != 'inputs' and not any(
+      np.any(v) for s in found.values() for v in s.values() if v.ndim > 1):
+    raise ValueError('calibration: all gradients are 0: something after the '
+                     'layers is all zeros, such as a new head')
   return {p: found[o] for p, o in owner.items()}
 
 
@@ -271,12 +281,38 @@ def of_run(methods, config, case, params, sites, marks, folder='', key=None):
     found, _ = case_lib.batches(own, arrays)
     return itertools.islice(found, said.batches)
 
-  stats = {name: collect(
-      case.base.model, params, sites, case.task, batches,
-      named[name].calibration, named[name], said.at_once, key,
-      os.path.join(folder, 'calibration', name) if folder else '', marks=marks)
-           for name in starting}
+  def found(params, reducer, method, name):
+    return collect(
+        case.base.model, params, sites, case.task, batches, reducer, method,
+        said.at_once, key,
+        os.path.join(folder, 'calibration', name) if folder else '',
+        marks=marks)
+
+  if any(named[n].calibration.of != 'inputs' for n in starting):
+    params = _after_first_step_of_head(found, params, sites)
+  stats = {n: found(params, named[n].calibration, named[n], n)
+           for n in starting}
   return fitted(methods, stats, sites)
+
+
+def _after_first_step_of_head(found, params, sites):
+  """Params whose heads of zeros are as a first step of AdamW leaves them.
+
+  A new head is all zeros, and lets no gradient through to the layers below.
+  """
+  flat = dict(trees.flatten(params))
+  leaves = {p: f'{p}/{s.leaves["kernel"].leaf}' for p, s in sites.items()
+            if s.role == 'head' and _matrix(s)}
+  leaves = {p: leaf for p, leaf in leaves.items() if not np.any(flat[leaf])}
+  if not leaves:
+    return params
+  stats = found(params, statistics.mean_gradient(),
+                lambda site: site.path in leaves, 'head')
+  for p, leaf in leaves.items():
+    new = -HEAD_STEP * jnp.sign(stats[p]['gradient'])
+    flat[leaf] = sites[p].leaves['kernel'].put(flat[leaf], new).astype(
+        flat[leaf].dtype)
+  return trees.refill(params, flat)
 
 
 def fitted(methods, stats, sites):
