@@ -1,6 +1,8 @@
-"""Hard-concrete gates of diff pruning, and exact global top-k masks.
+"""Gates: hard-concrete ones, indicators, and exact global top-k masks.
 
-A gate with logit alpha is a stretched and clipped binary concrete variable:
+An indicator, 1[u >= threshold], is a gate without noise. A hard-concrete gate,
+that of diff pruning, with logit alpha is a stretched and clipped binary
+concrete variable:
 
   s = sigmoid(log u - log(1 - u) + alpha),   u ~ U(0, 1),
   z = min(1, max(0, s (r - l) + l)),         l < 0 < 1 < r,
@@ -15,7 +17,8 @@ All in float32 at least; the caller casts back.
 Sources: "Learning Sparse Neural Networks through L0 Regularization" (arXiv
 1712.01312); constants of "Parameter-Efficient Transfer Learning with Diff
 Pruning" (arXiv 2012.07463) and its released code: temperature 1, l = -1.5,
-r = 1.5, u clipped to [1e-4, 1 - 1e-4].
+r = 1.5, u clipped to [1e-4, 1 - 1e-4]. Straight-through gradients: "Estimating
+or Propagating Gradients Through Stochastic Neurons" (arXiv 1308.3432).
 """
 
 import math
@@ -96,6 +99,22 @@ def _checked(logits, low, high):
         'nearest valid choice is a number just above 1.')
   logits = jnp.asarray(logits)
   return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def indicator(u, threshold):
+  """1[u >= threshold], with the straight-through gradient d/du = 1.
+
+  Args:
+    u: [...].
+    threshold: A number.
+
+  Returns:
+    [...], exactly 0 or 1, float32 at least.
+  """
+  u = jnp.asarray(u)
+  u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+  hard = (u >= threshold).astype(u.dtype)
+  return hard + (u - jax.lax.stop_gradient(u))  # the bracket is exactly 0
 
 
 def kth_threshold(values_list, k):

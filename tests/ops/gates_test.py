@@ -159,3 +159,14 @@ def test_kth_threshold_refuses_impossible_counts():
     with pytest.raises(ValueError, match=f'k={k}, .*0 to 10; .*is {near}'):
       gates.kth_threshold([np.ones((2, 3)), np.ones(4)], k)
   assert gates.kth_threshold([], 0) == []
+
+
+def test_an_indicator_passes_its_gradient_straight_through():
+  u = jnp.float32([-3, 0.0999, 0.1, 0.15, 7])
+  value, slope = jax.jit(lambda u: (
+      gates.indicator(u, 0.1),
+      jax.grad(lambda u: (2 * gates.indicator(u, 0.1)).sum())(u)))(u)
+  np.testing.assert_array_equal(value, [0, 0, 1, 1, 1])
+  np.testing.assert_array_equal(slope, 2)
+  low = gates.indicator(jnp.bfloat16(0.5), 0.1)
+  assert low == 1 and low.dtype == jnp.float32
