@@ -11,9 +11,6 @@ from peftjax import calibrate
 from peftjax.tasks.base import Task
 import pytest
 
-from peftjax import calibrate
-from peftjax.tasks.base import Task
-
 
 class Mlp(nn.Module):
 
@@ -92,19 +89,12 @@ def collected():
 
 
 @pytest.fixture(scope='session')
-def calibrated():
-  """(method, case, inputs of the model) -> method, theta and stats, as training
-  makes them; every array of `inputs` is a batch."""
-  task = Task('squares', 'loss', lambda batch: ((batch['x'],), {}),
-              lambda out, batch, smoothing: (jnp.square(out).sum(-1), None),
-              None, None)
-
-  def make(method, case, inputs):
-    stats = calibrate.collect(
-        case.model, case.params, case.sites, task,
-        lambda: iter([dict(x=x) for x in inputs]), method.calibration, method)
+def calibrated(collected):
+  """(method, case, inputs of batches) -> method, theta and stats, as training
+  makes them from these batches."""
+  def make(method, case, batches):
     (method,), stats = calibrate.fitted(
-        method, {method.name: stats}, case.sites)
+        method, collected(method, case, batches), case.sites)
     theta = peftjax.init(
         method, jax.random.key(0), case.sites, case.params, stats)
     return types.SimpleNamespace(
