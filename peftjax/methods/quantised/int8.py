@@ -35,16 +35,6 @@ def int8(sites=sites_lib.kernels):
     ValueError: a site without a kernel, or a slice of a fused kernel.
   """
 
-  def check(found):
-    for path, site in found.items():
-      if 'kernel' not in site.params or len(site.params['kernel'].shape) != 2:
-        raise ValueError(f'int8: {path!r} ({site.kind}) has no kernel; it has '
-                         f'{sorted(site.params)}')
-      if site.leaves['kernel'].span:
-        raise ValueError(
-            f'int8: {path!r} is a slice of a fused kernel, which is quantised '
-            'whole: keep it in one piece with describe(..., fused=())')
-
   def init(key, site, p, stats):
     del key, site, stats
     kernel = p['kernel'].astype(jnp.float32)
@@ -58,9 +48,31 @@ def int8(sites=sites_lib.kernels):
   def layer(f, x, t, ctx):
     del f  # it would look for the kernel
     y = x.astype(t['scale'].dtype)
-    y = y @ t['q'].astype(y.dtype) * t['scale']
-    return y + ctx.params['bias'].astype(y.dtype) if 'bias' in ctx.params else y
+    return biased(y @ t['q'].astype(y.dtype) * t['scale'], ctx)
 
   return Method('int8', sites, init, fold=fold, layer=layer,
                 frozen=('q', 'scale'), drops=('kernel',),
-                tolerance=float('inf'), check=check, count=lambda site: 0)
+                tolerance=float('inf'), check=whole_kernels('int8'),
+                count=lambda site: 0)
+
+
+def whole_kernels(name):
+  """The check of a method that keeps kernels in another form, each whole."""
+
+  def check(found):
+    for path, site in found.items():
+      if 'kernel' not in site.params or len(site.params['kernel'].shape) != 2:
+        raise ValueError(f'{name}: {path!r} ({site.kind}) has no kernel; it '
+                         f'has {sorted(site.params)}')
+      if site.leaves['kernel'].span:
+        raise ValueError(
+            f'{name}: {path!r} is a slice of a fused kernel, which is '
+            'quantised whole: keep it in one piece with describe(..., '
+            'fused=())')
+
+  return check
+
+
+def biased(y, ctx):
+  """y with the layer's own bias, where it has one."""
+  return y + ctx.params['bias'].astype(y.dtype) if 'bias' in ctx.params else y
