@@ -60,7 +60,7 @@ def fold_adapter(adapter_dir, out, weights=None):
   if not weights:
     raise ValueError(f'{adapter_dir} does not name its base; give --weights')
   _check_out(out, weights)
-  base, (args, kwargs), inputs = _base(adapter_dir, meta, weights)
+  base, (args, kwargs), inputs = load_base(adapter_dir, meta, weights)
   model, params = base.model, base.params
   sites = describe(model, *args, **kwargs,
                    fused=FUSED_RULES[said.get('fused', 'split')])
@@ -105,8 +105,14 @@ def _check_out(out, weights):
                      f'such as {out + ".safetensors"!r}')
 
 
-def _base(adapter_dir, meta, weights):
-  """(base, (args, kwargs) of BATCH examples, what they are)."""
+def load_base(adapter_dir, meta, weights):
+  """The base of an adapter: (base, (args, kwargs) of examples, what they are).
+
+  Args:
+    adapter_dir: What `save_adapter` wrote, for messages.
+    meta: Its `Adapter.meta`.
+    weights: Name or path of the base.
+  """
   said = meta['base']
   if said.get('data'):
     from peftjax import case as case_lib  # slow to import
