@@ -106,7 +106,7 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
       np.any(v) for s in found.values() for v in s.values() if v.ndim > 1):
     raise ValueError('calibration: all gradients are 0: something after the '
                      'layers is all zeros, such as a new head')
-  return {p: found[o] for p, o in owner.items()}
+  return {p: found[owner[p]] for p in chosen}
 
 
 def _reduce(model, params, task, batches, reducer, part, key, saved):

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import pytest
 
+from peftjax import taps
 from peftjax.models.vit import ViT
 from peftjax.models.weights import save_weights
 
@@ -40,3 +41,27 @@ def tiny_weights(tmp_path_factory):
   args = {k: v for k, v in TINY.items() if k != 'classes'}
   save_weights(path, params, dict(module='vit.ViT', args=args, input=shape))
   return str(path)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+  """A function: how many batches were added to states since it was asked."""
+  adding, calls = taps.adding, []
+
+  def counted(*args):
+    step = adding(*args)
+
+    def call(*args):
+      jax.debug.callback(lambda: calls.append(1))
+      return step(*args)
+
+    return call
+
+  def since():
+    jax.effects_barrier()
+    n = len(calls)
+    calls.clear()
+    return n
+
+  monkeypatch.setattr(taps, 'adding', counted)
+  return since

@@ -101,7 +101,7 @@ def test_trains_a_and_b_from_the_first_step(case, collected):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(rank=4), r"lora_ga: rank 4 at 'two': .*half .*\[10, 6\].*nearest is 3"),
+    (dict(rank=4), r"rank 4 at .two.: .*half .*\[10, 6\].*nearest is 3"),
     (dict(rank=7), "rank 7 at 'two': expected .* from 1 to 6"),
     (dict(gamma=0.0), 'lora_ga: gamma=0.0: expected a positive number'),
     (dict(scaling='rs'), "unknown scaling 'rs'.*'rslora'")])
