@@ -24,9 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Up to this block size the exact Cayley transform of a batch of blocks is made
-# of elementwise operations, which vectorise over the batch. See `_inverse`.
-_SMALL = 16
+from peftjax.ops import linalg
+
+# Up to this block size a batch of blocks is inverted by elementwise operations,
+# which vectorise over the batch, up to the second by halves. See `_inverse`.
+_SMALL, _HALVED = 16, 256
 
 
 def _at_least_float32(x):
@@ -121,9 +123,7 @@ def cayley(q):
 @jax.custom_jvp
 def _cayley(q):
   eye = jnp.eye(q.shape[-1], dtype=q.dtype)
-  if q.shape[-1] <= _SMALL:
-    return 2 * _inverse(eye - q) - eye
-  return jnp.linalg.solve(eye - q, eye + q)  # the factors commute
+  return 2 * _inverse(eye - q) - eye
 
 
 @_cayley.defjvp
@@ -137,19 +137,53 @@ def _cayley_jvp(primals, tangents):
 def _inverse(a):
   """Inverses of [..., b, b] blocks whose symmetric part is the identity.
 
-  Gauss-Jordan without pivoting, which such matrices never need for existence:
-  every pivot is at least 1. What it loses in accuracy to growth when Q is
-  large, one Newton step X (2 I - A X) gives back. The batch is the last axis,
-  so every operation is elementwise over it.
-
-  Against batched LU, forward + backward of 1152 blocks in ms on 2 CPU cores:
-  b=4 0.22 / 1.21, b=8 0.45 / 1.29, b=16 1.4 / 2.2, b=32 4.1 / 4.1. Compiled
-  for TPU v5e at b=16: a sixth of the compile time, 34 / 890 MiB accessed by
-  XLA's estimate. Largest error of R at unit-normal Q, b=16: 2e-7 / 9e-7.
+  No pivoting: such matrices do not need it, every pivot is at least 1. What is
+  lost in accuracy to growth when Q is large, Newton steps X (2 I - A X) give
+  back, one up to b = 16 and two above. LU would do as well, but batched LUs can stop a program on CPUs
+  (`ops.linalg`), and cost more on all devices: forward + backward of 1152
+  blocks in ms on 2 CPU cores, without / with LU: b=4 0.22 / 1.21, b=8 0.45 /
+  1.29, b=16 1.4 / 2.2. Compiled for TPU v5e at b=16: a sixth of the compile
+  time, 34 / 890 MiB accessed by XLA's estimate. Largest error of R at
+  unit-normal Q, b=16: 2e-7 / 9e-7.
   """
   b = a.shape[-1]
+  flat = a.reshape((-1, b, b))
+  if b <= _HALVED:
+    x = _by_halves(flat)
+  else:
+    x = jax.vmap(linalg.inverse)(flat)
+  eye = jnp.eye(b, dtype=a.dtype)
+  for _ in range(1 if b <= _SMALL else 2):
+    x += _product(x, eye - _product(flat, x))
+  return x.reshape(a.shape)
+
+
+def _by_halves(a):
+  """Inverses of [n, b, b] blocks whose symmetric part is at least the identity.
+
+  Of [[A, B], [C, D]] by X = A^-1 and Y = S^-1, the Schur complement S being D -
+  C X B. The symmetric part of S is again at least the identity, as that of X is
+  at least zero and, where a = I - Q, C = -B^T.
+  """
+  b = a.shape[-1]
+  if b <= _SMALL:
+    return _eliminated(a)
+  h = b // 2
+  upper, left, right = a[:, :h, :h], a[:, h:, :h], a[:, :h, h:]
+  x = _by_halves(upper)
+  xb, cx = _product(x, right), _product(left, x)
+  y = _by_halves(a[:, h:, h:] - _product(left, xb))
+  xby = _product(xb, y)
+  return jnp.concatenate([
+      jnp.concatenate([x + _product(xby, cx), -xby], -1),
+      jnp.concatenate([-_product(y, cx), y], -1)], -2)
+
+
+def _eliminated(a):
+  """The same by Gauss-Jordan; every operation is elementwise over the batch."""
+  b = a.shape[-1]
   index = jnp.arange(b)
-  x = jnp.moveaxis(a.reshape((-1, b, b)), 0, -1)
+  x = jnp.moveaxis(a, 0, -1)
 
   def eliminate(k, x):
     here = (index == k)[:, None]
@@ -160,9 +194,7 @@ def _inverse(a):
     rest = jnp.where(here[None], 0, x) - col[:, None] * row[None]
     return jnp.where(here[:, None], row[None], rest)
 
-  x = jax.lax.fori_loop(0, b, eliminate, x)
-  x = jnp.moveaxis(x, -1, 0).reshape(a.shape)
-  return x + _product(x, jnp.eye(b, dtype=a.dtype) - _product(a, x))
+  return jnp.moveaxis(jax.lax.fori_loop(0, b, eliminate, x), -1, 0)
 
 
 def cayley_neumann(q, terms):

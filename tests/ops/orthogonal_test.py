@@ -112,11 +112,26 @@ def test_cayley_is_a_rotation_and_equals_the_inverse(b):
   np.testing.assert_allclose(r, np.linalg.inv(eye - q) @ (eye + q), atol=1e-5)
 
 
-def test_cayley_of_a_large_matrix_is_a_rotation():
-  # Elimination alone, without the Newton step, is off by 1e-3 here.
-  r = cayley(triangles(0, 200, 16, 100.0), 16)
+@pytest.mark.parametrize('n, b', [(200, 16), (50, 33), (20, 64), (2, 260)])
+def test_cayley_of_a_large_matrix_is_a_rotation(n, b):
+  # Elimination alone, without Newton steps, is off by 1e-3 here.
+  v = triangles(0, n, b, 100.0)
+  r = cayley(v, b)
   np.testing.assert_allclose(
-      r @ r.swapaxes(-1, -2), np.broadcast_to(np.eye(16), r.shape), atol=1e-4)
+      r @ r.swapaxes(-1, -2), np.broadcast_to(np.eye(b), r.shape), atol=1e-4)
+  np.testing.assert_allclose(r, cayley64(v, b), atol=1e-4)
+
+
+@pytest.mark.parametrize('b', (4, 32, 260))
+def test_cayley_waits_for_no_batch_of_decompositions(b):
+  """Batched LUs side by side stop a program on CPUs; see `ops.linalg`."""
+  q = jnp.zeros((2, 3, b, b))
+  text = jax.jit(jax.grad(lambda q: jax.vmap(
+      orthogonal.cayley)(q).sum())).lower(q).as_text()
+  calls = [line for line in text.splitlines() if 'lapack' in line]
+  assert bool(calls) == (b > 256)
+  assert all(f'tensor<{b}x{b}xf32>' in line for line in calls)
+  assert not any(f'x{b}x{b}xf32' in line for line in calls)
 
 
 @pytest.mark.parametrize('t', (-0.7, 0.2, 1.0))

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from peftjax import sites as sites_lib
 from peftjax.methods.lowrank.pissa import starting_at
+from peftjax.ops import linalg
 
 EXAMPLE = dict(rank=2, alpha=4.0)
 
@@ -62,6 +63,6 @@ def start(kernel, r, s):
   """(A0 [d_in, r], B0 [r, d_out]) of a kernel [d_in, d_out]."""
   del s
   kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-  q, triangle = jnp.linalg.qr(kernel[:r].T)
+  q, triangle = linalg.qr(kernel[:r].T)
   q *= jnp.where(jnp.diagonal(triangle) < 0, -1, 1).astype(q.dtype)
   return jnp.matmul(kernel, q, precision=jax.lax.Precision.HIGHEST), q.T
