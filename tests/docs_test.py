@@ -78,7 +78,8 @@ def test_prose_keeps_equations_and_escapes_the_rest():
       '- Second.'])
 
 
-@pytest.mark.parametrize('page', ['analysis.md', 'backbones.md', 'data.md'])
+@pytest.mark.parametrize('page', [
+    'analysis.md', 'backbones.md', 'data.md', 'calibrate.md'])
 def test_examples_run(page, tmp_path, monkeypatch):
   """The python blocks of a page, one after the other, as a reader would."""
   monkeypatch.chdir(tmp_path)
