@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from peftjax import sites as sites_lib
 from peftjax.method import nearest
 from peftjax.methods.lowrank.lora import by_site, dropped, lora
+from peftjax.ops import linalg
 from peftjax.ops import products
 from peftjax.ops import svd
 
@@ -91,5 +92,5 @@ def lora_xs(rank=16, alpha=16.0, basis='svd', scaling='lora', rank_pattern=(),
 
 def orthonormal(key, shape):
   """[d, r] with orthonormal columns, r <= d, evenly distributed."""
-  q, r = jnp.linalg.qr(jax.random.normal(key, shape))
+  q, r = linalg.qr(jax.random.normal(key, shape))
   return q * jnp.where(jnp.diag(r) < 0, -1, 1)  # QR alone favours some signs
