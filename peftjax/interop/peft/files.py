@@ -32,7 +32,7 @@ COMMON = ('peft_type', 'base_model_name_or_path', 'task_type', 'inference_mode',
 # They say which modules were chosen, or how training went, and change nothing
 # about a trained adapter: the tensors say which modules there are.
 SPENT = ('layers_to_transform', 'layers_pattern', 'eva_config', 'corda_config',
-         'lora_ga_config', 'loftq_config', 'megatron_core', 'runtime_config',
+         'lora_ga_config', 'megatron_core', 'runtime_config',
          'ephemeral_gpu_offload', 'qalora_group_size', 'tokenizer_name_or_path',
          'tokenizer_kwargs', 'ensure_weight_tying')
 

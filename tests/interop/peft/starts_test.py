@@ -1,4 +1,4 @@
-"""LoRA that starts at factors of the kernel: written against the whole kernel."""
+"""LoRA that starts at factors of the kernel, or beside a rounded one."""
 
 import json
 
@@ -7,6 +7,8 @@ import numpy as np
 import peftjax
 from peftjax.artifact import save_adapter
 from peftjax.interop.peft import source as source_lib
+from peftjax.interop.peft.types import lora
+from peftjax.ops import quantise
 import pytest
 
 torch = pytest.importorskip('torch')
@@ -51,3 +53,56 @@ def test_read_from_peft(family, kit, tmp_path, name):
   got = np.asarray(kit.our_output(source, methods, source.base.params, theta))
   np.testing.assert_allclose(kit.real('llama', got), kit.real('llama', want),
                              atol=1e-5)
+
+
+def _rounded(weight):
+  """A torch weight in NF4: runs of 64 of its entries as they lie."""
+  flat, book = weight.reshape(-1), quantise.normal_float(4)
+  out = np.zeros_like(flat)
+  for at in range(0, flat.size, 64):
+    run = flat[at:at + 64]
+    top = np.abs(run).max()
+    codes = np.abs(run[:, None] / top - book).argmin(1)
+    out[at:at + 64] = book[codes] * top
+  return out.reshape(weight.shape)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_loftq_is_read_with_the_kernels_that_peft_rounds(
+    family, kit, tmp_path, scan):
+  """PEFT rounds them on a GPU only, when it makes or loads the adapter."""
+  fam = family('llama')
+  model = kit.adapted(fam, peft.LoraConfig(
+      r=3, lora_alpha=6, target_modules=['q_proj', 'down_proj']))
+  for layer in model.modules():
+    if isinstance(layer, peft.tuners.lora.Linear):
+      with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(_rounded(layer.weight.numpy())))
+  start = model.peft_config['default']
+  start.init_lora_weights = 'loftq'
+  start.loftq_config = dict(loftq_bits=4, loftq_iter=1)
+  source, methods, theta = kit.imported(fam, model, tmp_path, scan=scan)
+  assert methods[0].spec['name'] == 'quantised.loftq'
+  want = kit.torch_output(model, 'llama').detach().numpy()
+  got = np.asarray(kit.our_output(source, methods, source.base.params, theta))
+  np.testing.assert_allclose(kit.real('llama', got), kit.real('llama', want),
+                             atol=1e-5)
+
+
+def test_loftq_beside_its_rounded_base_is_a_lora(
+    family, kit, tmp_path):
+  fam = family('llama')
+  model = kit.adapted(fam, peft.LoraConfig(r=3, target_modules=['q_proj']))
+  model.peft_config['default'].loftq_config = dict(loftq_bits=2, loftq_iter=5)
+  _, methods, _ = kit.imported(fam, model, tmp_path)
+  assert methods[0].spec['name'] == 'lowrank.lora'
+
+
+@pytest.mark.parametrize('settings', [
+    dict(loftq_bits=8, loftq_iter=1), dict(loftq_bits=4, loftq_iter=5)])
+def test_other_loftq_is_refused(settings):
+  with pytest.raises(ValueError, match=(
+      'loftq_bits=%(loftq_bits)d, loftq_iter=%(loftq_iter)d: expected 4 and 1'
+      % settings)):
+    lora.read({**lora.CONFIG, 'init_lora_weights': 'loftq',
+               'loftq_config': settings}, {}, None, None)

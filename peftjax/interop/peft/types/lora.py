@@ -1,4 +1,4 @@
-"""LORA: LoRA, rsLoRA and DoRA; PiSSA and OLoRA against the original base.
+"""LORA: LoRA, rsLoRA and DoRA; PiSSA, OLoRA and LoftQ on the original base.
 
   ours                       PEFT
   a [d_in, r]                lora_A.weight [r, d_in]; of a convolution [r, c, kh,
@@ -12,6 +12,11 @@ Slices of a fused kernel become one adapter whose rank is the sum of theirs.
 K + s (A B - A0 B0) is the LoRA [A, A0], [B; -B0] of twice the rank, on K as it
 was before PiSSA or OLoRA. A table that also decodes (tied) is adapted in both
 places, as it is here.
+
+An adapter that says `init_lora_weights: loftq` is for kernels that PEFT rounds
+when it loads it: codes are made of them here too, and it is read as
+`quantised.loftq` of one iteration. One that was saved beside its rounded base
+says `true`, and is a plain LoRA on that base.
 """
 
 import math
@@ -27,11 +32,12 @@ SUFFIXES = ('lora_A.weight', 'lora_B.weight', 'lora_embedding_A',
             'lora_embedding_B', 'lora_magnitude_vector')
 CONFIG = dict(r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False,
               use_dora=False, fan_in_fan_out=False, rank_pattern={},
-              alpha_pattern={}, init_lora_weights=True)
+              alpha_pattern={}, init_lora_weights=True, loftq_config={})
 # Starts that leave the base as it is: nothing of them is needed any more.
 _STARTS = (True, False, 'gaussian', 'orthogonal', 'eva', 'kasa')
 # Starts that PEFT makes again from the base when it loads the adapter.
-_REMADE = {'pissa': 'lowrank.pissa', 'olora': 'lowrank.olora'}
+_REMADE = {'pissa': 'lowrank.pissa', 'olora': 'lowrank.olora',
+           'loftq': 'quantised.loftq'}
 
 
 def write(part, names, sites):
@@ -145,13 +151,17 @@ def read(config, modules, names, sites):
   dora = config['use_dora']
   if dora and start in _REMADE:
     raise ValueError(f'use_dora with init_lora_weights={start!r}: DoRA on a '
-                     'base without its first components is not a method here')
+                     'base that its start changed is not a method here')
+  more = _loftq(config['loftq_config']) if start == 'loftq' else {}
   ties = {n for n in modules if names.table_of(n)}
   theta, ranks, alphas = {}, {}, {}
   for name, t in modules.items():
     if name in ties:
       continue  # what its table's adapter says again
     module = names.path(name)
+    if more and module.kind != 'linear':
+      raise ValueError(f'{name}: LoftQ of a module of kind {module.kind!r}, '
+                       "expected 'linear'; PEFT's blocks of it are others")
     want = ('lora_embedding_A', 'lora_embedding_B') if (
         module.kind == 'embedding') else ('lora_A.weight', 'lora_B.weight')
     want += ('lora_magnitude_vector',) if dora else ()
@@ -178,7 +188,7 @@ def read(config, modules, names, sites):
       name='lowrank.dora' if dora else _REMADE.get(start, 'lowrank.lora'),
       rank=r, alpha=float(alpha),
       scaling='rslora' if config['use_rslora'] else 'lora',
-      dropout=config['lora_dropout'], sites=sites_of(theta))
+      dropout=config['lora_dropout'], sites=sites_of(theta), **more)
   for key, values, most in (('rank_pattern', ranks, r),
                             ('alpha_pattern', alphas, alpha)):
     odd = {v: [p for p in values if values[p] == v]
@@ -186,6 +196,19 @@ def read(config, modules, names, sites):
     if odd:
       spec[key] = [[sites_of(paths)['path'], v] for v, paths in odd.items()]
   return Part(spec, theta)
+
+
+def _loftq(config):
+  """Hyper-parameters of `quantised.loftq` for PEFT's LoftQConfig."""
+  bits, rounds = config.get('loftq_bits', 4), config.get('loftq_iter', 1)
+  if (bits, rounds) == (4, 1):
+    return dict(bits=4, block=64, scales='float32', iterations=1, start='peft')
+  raise ValueError(
+      f"init_lora_weights is 'loftq' with loftq_bits={bits}, "
+      f'loftq_iter={rounds}: expected 4 and 1. Later rounds follow '
+      'decompositions that no other machine makes to the bit, and 8 bits round '
+      'by float16: save the rounded base (model.unload().save_pretrained), set '
+      'init_lora_weights to true in the config and give that base as --base')
 
 
 def _check_tie(decoder, table, a, b, modules):
