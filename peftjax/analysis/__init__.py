@@ -60,8 +60,8 @@ def analyse(adapter_dir, weights=None, top=10, eps=0.5, near=0.05, p=0.9):
         changed.add(path)
   if not changed:
     raise ValueError(
-        f'{adapter_dir}: {", ".join(as_methods(methods))} changed no kernel but '
-        'those of heads and tables: there is nothing to analyse')
+        f'{adapter_dir}: {", ".join(as_methods(methods))} changed no kernel '
+        'but those of heads and tables: there is nothing to analyse')
   chosen = lambda site: sites_lib.kernels(site) and site.path in changed
   found = intruder_dimensions.report(old, new, sites, top, eps, near, chosen)
   ranks = effective_rank.report(old, new, sites, p, chosen=chosen)

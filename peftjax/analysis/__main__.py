@@ -41,11 +41,11 @@ if __name__ == '__main__':
   _ADAPTER = flags.DEFINE_string(
       'adapter', None, 'Folder that save_adapter wrote.', required=True)
   _WEIGHTS = flags.DEFINE_string(
-      'weights', None, 'Name or path of the base, if not what the adapter says.')
+      'weights', None, 'Name or path of the base, if not as the adapter says.')
   _OUT = flags.DEFINE_string(
       'out', None, 'JSON file to write, with cosines and spectra.')
   _TOP = flags.DEFINE_integer('top', 10, 'Directions of a kernel to look at.')
-  _EPS = flags.DEFINE_float('eps', 0.5, 'Cosine below which one is an intruder.')
+  _EPS = flags.DEFINE_float('eps', 0.5, 'Cosines below this are intruders.')
   _NEAR = flags.DEFINE_float(
       'near', 0.05, 'Singular values this near make a subspace.')
   _P = flags.DEFINE_float('p', 0.9, 'Share of squares of the effective rank.')

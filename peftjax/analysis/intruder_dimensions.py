@@ -62,7 +62,7 @@ class Directions(NamedTuple):
 
 
 def _compare(base, tuned, top, near):
-  """(terms of the tuned kernel's decomposition, cosines, those in subspaces)."""
+  """(terms of the tuned kernel's SVD, cosines, cosines with subspaces)."""
   most = min(base.shape)
   _, s0, v0 = svd.split(base, most)
   u, s, vt = svd.split(tuned, min(top, most))
@@ -150,8 +150,8 @@ def mitigate(base, tuned, sites, lam=0.75, top=10, eps=0.5,
   """
   _check(top, eps)
   if not 0 <= lam <= 1:
-    raise ValueError(f'lam={lam}: expected a number from 0 (intruders are taken '
-                     'out) to 1 (nothing is done); 0.75 is usual')
+    raise ValueError(f'lam={lam}: expected a number from 0 (intruders are '
+                     'taken out) to 1 (nothing is done); 0.75 is usual')
   fn = lambda k1, k0: mitigate_kernel(k0, k1, lam, top, eps)
   return kernels.replace(fn, sites, tuned, base, chosen=chosen)
 
@@ -177,8 +177,8 @@ def to_lora(method, base, tuned, sites):
     ValueError: another method, or a change that a LoRA at these sites is not.
   """
   if method.name != 'lora':
-    raise ValueError(f'to_lora: the method is {method.name!r}, expected one made '
-                     "by load('lowrank.lora', rank=...)")
+    raise ValueError(f'to_lora: the method is {method.name!r}, expected one '
+                     "made by load('lowrank.lora', rank=...)")
   shapes = jax.eval_shape(lambda p: theta_lib.init(
       method, jax.random.key(0), sites, p), base)[method.name]
   chosen = lambda site: site.path in shapes

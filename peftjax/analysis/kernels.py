@@ -31,8 +31,8 @@ def chosen_sites(sites, chosen=sites_lib.kernels):
   found = sites_lib.matched(Method('analysis', chosen, None), sites)
   for path, site in found.items():
     if 'kernel' not in site.params or len(site.params['kernel'].shape) != 2:
-      raise ValueError(f'analysis: {path!r} ({site.kind}) has no kernel that is '
-                       f'a matrix; it has {sorted(site.params)}')
+      raise ValueError(f'analysis: {path!r} ({site.kind}) has no kernel that '
+                       f'is a matrix; it has {sorted(site.params)}')
   return found
 
 

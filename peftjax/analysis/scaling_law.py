@@ -13,7 +13,8 @@ constants belong to one task, one method and, A and alpha, one factor.
 
 The fit, in the paper's order:
   1. A = e^a, E = e^e (B = e^b); the sum of Huber(L_fit - L), delta = 0.001 and
-     on L itself, is minimised by L-BFGS from a grid of starts; the best is kept.
+     on L itself, is minimised by L-BFGS from a grid of starts; the best fit is
+     kept.
   2. beta and E (and b) are fitted jointly over the factors in `joint`, with an
      a and an alpha for each: over 'model' and 'pretraining', where they are
      there, but not over how many numbers a method trains, whose effect is too
@@ -356,8 +357,8 @@ def critical_size(one, two, x):
         f'critical_size: E is {math.exp(one.e):g} and {math.exp(two.e):g}: '
         'there is a closed form for equal E alone; use critical_sizes')
   if one.beta == two.beta:
-    raise ValueError(f'critical_size: beta={one.beta} of both: they tie nowhere, '
-                     'or everywhere')
+    raise ValueError(f'critical_size: beta={one.beta} of both: they tie '
+                     'nowhere, or everywhere')
   log = one.a - two.a + (two.alpha - one.alpha) * math.log(x)
   return math.exp(log / (one.beta - two.beta))
 

@@ -1,5 +1,4 @@
-"""Truncated singular value decompositions, with signs that are fixed, and what
-is made of them: low-rank factors, sums of adapters, smaller adapters.
+"""Truncated singular value decompositions, and low-rank factors made of them.
 
 A singular vector is known up to its sign, which LAPACK, cuSOLVER and the TPU's
 routine choose differently. Here the entry of largest magnitude of every left
@@ -89,7 +88,7 @@ def randomised(w, rank, oversample=10, iterations=2, *, key):
 
 
 def signed(u, s, vt):
-  """The same terms with the signs of the module docstring; numpy stays numpy."""
+  """The same terms, signs as in the module docstring; numpy stays numpy."""
   top = u[abs(u).argmax(0), np.arange(u.shape[1])]
   sign = (1 - 2 * (top < 0)).astype(u.dtype)
   return u * sign, s, vt * sign[:, None]
@@ -154,7 +153,8 @@ def refactor(delta, rank, scale=1.0):
 def refactor_factors(a, b, rank):
   """`refactor` of a b, whose dense form is never made.
 
-    a = Q_a R_a,  b^T = Q_b R_b,  R_a R_b^T = U S V^T:  a b = (Q_a U) S (Q_b V)^T
+    a = Q_a R_a,  b^T = Q_b R_b,  R_a R_b^T = U S V^T
+    a b = (Q_a U) S (Q_b V)^T
 
   Args:
     a: [d_in, m].

@@ -1,4 +1,4 @@
-"""`python -m peftjax.analysis`: what it prints and writes, and what it refuses."""
+"""`python -m peftjax.analysis`: what it prints, writes and refuses."""
 
 import json
 import subprocess

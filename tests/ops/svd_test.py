@@ -172,7 +172,7 @@ def test_power_iterations_bring_randomised_to_the_optimum():
 
 
 def test_randomised_keeps_small_singular_values_in_float32():
-  """Without orthonormal bases, powers of 1e-3 would be rounding by the third."""
+  """Without orthonormal bases powers of 1e-3 would be rounding by the third."""
   s = np.array([1, 1e-1, 1e-2, 1e-3] + [1e-6] * 36)
   w = np.float32(orthonormal(50, 40) * s @ orthonormal(40, 40).T)
   _, got, _ = svd.randomised(w, 4, 2, 6, key=jax.random.key(0))
