@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.method import nearest
+from peftjax.ops import linalg
 
 SIDES = ('both', 'left', 'right')
 _mul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -42,7 +43,7 @@ def split(w, rank):
   """
   w = _matrix('split', w)
   _check_rank('split', rank, min(w.shape), f'a matrix of {list(w.shape)}')
-  u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+  u, s, vt = linalg.svd(w)
   return signed(u[:, :rank], s[:rank], vt[:rank])
 
 
@@ -79,11 +80,11 @@ def randomised(w, rank, oversample=10, iterations=2, *, key):
       raise ValueError(f'randomised: {name}={n}: expected a whole number, at '
                        'least 0; the nearest is 0')
   columns = min(rank + oversample, most)
-  basis = lambda m: jnp.linalg.qr(m)[0]
+  basis = lambda m: linalg.qr(m)[0]
   q = basis(_mul(w, jax.random.normal(key, (w.shape[1], columns), w.dtype)))
   for _ in range(iterations):
     q = basis(_mul(w, basis(_mul(w.T, q))))
-  u, s, vt = jnp.linalg.svd(_mul(q.T, w), full_matrices=False)
+  u, s, vt = linalg.svd(_mul(q.T, w))
   return signed(_mul(q, u[:, :rank]), s[:rank], vt[:rank])
 
 
@@ -173,8 +174,8 @@ def refactor_factors(a, b, rank):
                      f'{list(b.shape)} have no product')
   _check_rank('refactor_factors', rank, min(*a.shape, b.shape[1]),
               f'the product of {list(a.shape)} and {list(b.shape)}')
-  (qa, ra), (qb, rb) = jnp.linalg.qr(a), jnp.linalg.qr(b.T)
-  u, s, vt = jnp.linalg.svd(_mul(ra, rb.T), full_matrices=False)
+  (qa, ra), (qb, rb) = linalg.qr(a), linalg.qr(b.T)
+  u, s, vt = linalg.svd(_mul(ra, rb.T))
   return weighed(*signed(
       _mul(qa, u[:, :rank]), s[:rank], _mul(vt[:rank], qb.T)))
 
