@@ -5,7 +5,7 @@ Source: "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314).
   w = K^T row by row, in blocks of 64    absmax_n = max |block_n|
   code = nearest entry of NF to w / absmax
   w' = NF[code] absmax                   two codes a byte
-  y = x K' + b,  fold: K'                |w' - w| <= 0.152 absmax in every entry
+  y = x K' + b,  fold: K'                |w' - w| <= 0.152 absmax (4 bits)
 
 NF holds 16 quantiles of the normal distribution (`ops.quantise`), or 8 or 4 for
 3 and 2 bits. With scales='double' the scales are quantised as well:
