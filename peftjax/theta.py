@@ -33,9 +33,9 @@ def init(methods, key, sites, params, stats=None):
 
   Raises:
     ValueError: a selection that matches nothing, params that do not fit the
-      model, NaN or infinity in the base, a method that must be innermost, a
-      method that drops a leaf which another trains, or one that starts from
-      data without statistics of a site.
+      model, NaN or infinity in the base, a method that must be innermost
+      (it replaces or drops leaves), a method that drops a leaf which another
+      trains, or one that starts from data without statistics of a site.
   """
   sites_lib.check_fits(sites, params)
   bad = trees.nonfinite(params)
@@ -43,14 +43,20 @@ def init(methods, key, sites, params, stats=None):
     raise ValueError(f'the base holds NaN or infinity in {", ".join(bad)}')
   named = as_methods(methods)
   chosen = {n: sites_lib.matched(m, sites) for n, m in named.items()}
-  touched = set()
+  touched, inside = set(), set()
   for name, m in named.items():
     mine = {views_lib.split_path(p)[0] for p in chosen[name]}
     if m.replaces and mine & touched:
       raise ValueError(
           f'{name} replaces leaves of {sorted(mine & touched)[0]!r}, which an '
           f'inner method changes: put {name} first')
+    if m.drops and mine & inside:
+      raise ValueError(
+          f'{name} holds {m.drops[0]!r} of {sorted(mine & inside)[0]!r} itself, '
+          'and what an inner method does there would be lost: put it first, on '
+          'layers of no other base')
     touched |= mine
+    inside |= set() if m.replaces else mine
   stats = stats or {}
   for name, m in named.items():
     missed = sorted(set(chosen[name]) - set(stats.get(name, {})))

@@ -313,6 +313,13 @@ def test_methods_in_an_order_that_loses_something(net):
       "full replaces leaves of 'up', which an inner method changes: put full "
       'first')):
     start(net, methods)
+  int8, nf4 = (peftjax.load(f'quantised.{n}') for n in ('int8', 'nf4'))
+  for methods in ((lora(), int8), (nf4, int8)):
+    with pytest.raises(ValueError, match=(
+        "int8 holds 'kernel' of 'up' itself, .* would be lost: put it first")):
+      start(net, methods)
+  bias = peftjax.load('selective.bitfit')
+  assert set(start(net, (bias, int8, lora()))) == {'bitfit', 'int8', 'lora'}
 
 
 def test_fold_that_makes_an_unknown_leaf(net):
