@@ -47,7 +47,7 @@ NO_BATCHES = 'calibration: there are no batches'
 
 
 def collect(model, params, sites, task, batches, reducer, method, at_once=0,
-            key=None, folder='', every=16, marks=''):
+            key=None, folder='', every=16, marks=None):
   """Statistics at the sites of a method.
 
   Args:
@@ -65,7 +65,8 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
     folder: Where a collection that is broken off can go on from, and a whole
       one be read from; '': nowhere.
     every: Batches between two savings of what there is.
-    marks: What the batches and the base are; another one is not gone on with.
+    marks: What the batches and the base are, {name: JSON value}; what was
+      collected on others is not gone on with.
 
   Returns:
     {path: stats}, with the axes of `site.stack` first.
@@ -91,8 +92,8 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
   size = at_once or len(mine)
   groups = [mine[i:i + size] for i in range(0, len(mine), size)]
   saved = _Saved(folder, dict(
-      reducer=reducer.name, of=reducer.of, sites=mine, at_once=at_once,
-      marks=marks))
+      marks or {}, reducer=reducer.name, of=reducer.of, sites=mine,
+      at_once=at_once))
   found = {}
   for i, paths in enumerate(groups):
     part = {p: chosen[p] for p in paths}
@@ -102,8 +103,8 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
              for p, s in state.items()}
     _refuse(stats, lambda v: ~np.isfinite(v))
     found |= stats
-  if reducer.of != 'inputs' and not any(
-      np.any(v) for s in found.values() for v in s.values() if v.ndim > 1):
+  sums = [v for s in found.values() for v in s.values() if v.ndim > 1]
+  if reducer.of != 'inputs' and sums and not any(map(np.any, sums)):
     raise ValueError('calibration: all gradients are 0: something after the '
                      'layers is all zeros, such as a new head')
   return {p: found[owner[p]] for p in chosen}
@@ -235,7 +236,8 @@ class _Saved:
 
 
 # ---------------------------------------------------------- methods of a run
-def of_run(methods, config, case, params, sites, marks, folder='', key=None):
+def of_run(methods, config, case, params, sites, fingerprint, folder='',
+           key=None):
   """Methods as the data of a run make them, and the statistics they start from.
 
   Args:
@@ -244,7 +246,7 @@ def of_run(methods, config, case, params, sites, marks, folder='', key=None):
     case: Its `case.Case`.
     params: The base's params, on the devices.
     sites: What `describe` returned.
-    marks: Fingerprint of the base.
+    fingerprint: Of the base.
     folder: Of the run; what was collected is kept there.
     key: As of `collect`.
 
@@ -267,15 +269,15 @@ def of_run(methods, config, case, params, sites, marks, folder='', key=None):
   arrays = case.arrays['train']
   if said.name or said.path or said.options or said.split != 'train':
     if said.name:
-      own.data.update(name=said.name, path='', options={})
-    own.data.update(train=0, path=said.path or own.data.path,
-                    options={**own.data.options, **said.options})
+      own.data.name, own.data.path, own.data.options = said.name, '', {}
+    own.data.update(train=0, path=said.path or own.data.path)
+    own.data.options.update(said.options)
     own.data.splits.train, own.task.metric = said.split, ''
     arrays = case_lib.load(own, ('train',), case.classes,
                            read=lambda *a, **k: case.base).arrays['train']
   full = config_lib.to_json(config)
-  marks = [marks, *(full[k] for k in (
-      'calibrate', 'data', 'task', 'batch', 'seed', 'dtype'))]
+  marks = {k: full[k] for k in (
+      'calibrate', 'data', 'task', 'batch', 'seed', 'dtype')}
 
   def batches():
     found, _ = case_lib.batches(own, arrays)
@@ -286,7 +288,7 @@ def of_run(methods, config, case, params, sites, marks, folder='', key=None):
         case.base.model, params, sites, case.task, batches, reducer, method,
         said.at_once, key,
         os.path.join(folder, 'calibration', name) if folder else '',
-        marks=marks)
+        marks=dict(marks, base=fingerprint))
 
   if any(named[n].calibration.of != 'inputs' for n in starting):
     params = _after_first_step_of_head(found, params, sites)
@@ -301,8 +303,8 @@ def _after_first_step_of_head(found, params, sites):
   A new head is all zeros, and lets no gradient through to the layers below.
   """
   flat = dict(trees.flatten(params))
-  leaves = {p: f'{p}/{s.leaves["kernel"].leaf}' for p, s in sites.items()
-            if s.role == 'head' and _matrix(s)}
+  leaves = {p: f'{p}/{s.leaves["kernel"].leaf}'.lstrip('/')
+            for p, s in sites.items() if s.role == 'head' and _matrix(s)}
   leaves = {p: leaf for p, leaf in leaves.items() if not np.any(flat[leaf])}
   if not leaves:
     return params

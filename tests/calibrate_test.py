@@ -143,6 +143,8 @@ def test_gradients_and_squares_of_examples(text):
 
   mean = text.collect(statistics.mean_gradient())
   square = text.collect(squares())
+  norm = text.collect(squares()._replace(
+      finish=lambda s: dict(norm=s['total'].sum())))
   whole = [grad(text.params, b) for b in text.batches]
   each = [grad(text.params, {k: v[i:i + 1] for k, v in b.items()})
           for b in text.batches for i in range(4)]
@@ -153,6 +155,8 @@ def test_gradients_and_squares_of_examples(text):
     np.testing.assert_allclose(
         square[path]['total'], sum(of(g) ** 2 for g in each), rtol=1e-4,
         atol=1e-6)
+    np.testing.assert_allclose(
+        norm[path]['norm'], square[path]['total'].sum(), rtol=1e-5)
 
 
 def test_gradients_of_tables_and_convolutions():
@@ -323,7 +327,7 @@ def broken(batches, after):
 def test_what_is_broken_off_goes_on(text, tmp_path, steps, reducer, at_once):
   six, passes = text.batches * 2, []
   known = dict(at_once=at_once, folder=str(tmp_path), every=2,
-               marks=['base', dict(batch=4)])
+               marks=dict(base='one', data=dict(batch=4)))
 
   def collect(breaks=None, **more):
     passes.clear()
@@ -347,7 +351,8 @@ def test_what_is_broken_off_goes_on(text, tmp_path, steps, reducer, at_once):
   assert steps() == 2 + 6 * (at_once == 2 and not inputs)
   same(collect(), whole)
   assert not steps()
-  for change, words in ((dict(marks=['other']), 'was collected with marks='),
+  for change, words in ((dict(marks=dict(base='two')),
+                         "was collected with base='one', expected 'two'"),
                         (dict(at_once=1), f'at_once={at_once}, expected 1'),
                         (dict(reducer=reducer._replace(name='x')),
                          "with reducer='.*', expected 'x'")):
