@@ -282,7 +282,7 @@ def test_closed_layers_of_a_stack_are_zeros(deep, trained):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(lam=-1), 'selective_lora: lam=-1: expected a finite number, at least'),
+    (dict(lam=-1), 'selective_lora: lam=-1: expected a finite number, at lea'),
     (dict(lam=float('nan')), 'lam=nan: expected a finite number'),
     (dict(warmup=-1), 'warmup=-1: expected a number of steps, at least 0'),
     (dict(tau=0.0), 'tau=0.0: expected a finite number above 0, or the pen'),

@@ -1,4 +1,4 @@
-"""TAPS against full fine-tuning of the same kernels; gates, and what is kept."""
+"""TAPS against full fine-tuning of the kernels; gates, and what is kept."""
 
 import types
 
