@@ -70,6 +70,20 @@ def choose(arg, **defaults):
   return chosen, ','.join(rest)
 
 
+def pick(text, known, word):
+  """Names of a config's argument, as 'a+b', in the order of `known`; '': all.
+
+  Raises:
+    ValueError: a name that is not known.
+  """
+  asked = [n for n in text.split('+') if n]
+  for name in asked:
+    if name not in known:
+      raise ValueError(f'{word}={text!r}: there is no {name!r}'
+                       f'{nearest(name, known)}')
+  return [n for n in known if not asked or n in asked]
+
+
 def parse_arg(arg):
   """'runlocal,seed=3,lr=1e-3' -> {'runlocal': True, 'seed': 3, ...}.
 

@@ -1,0 +1,98 @@
+"""Writes the measured tables into README.md and docs/lowrank.md.
+
+  python -m experiments.lowrank.pages
+
+Reads what is recorded in this folder alone; cells that are missing are named,
+and their lines left out.
+"""
+
+import os
+
+from absl import app
+import numpy as np
+
+from experiments import tables
+from experiments.lowrank import decide
+from experiments.lowrank import grid as grid_lib
+from experiments.lowrank import intruders
+from experiments.table import pivot
+from peftjax import report
+
+# Arms of ranks and controls that the claims need, and the page does not.
+ASIDE = ('lora_r3', 'lora_xs_random', 'kasa_free', 'auto_lora_permuted',
+         'lora_same', 'adalora_same', 'lora_r64', 'rslora_r64')
+SAME = 0.05  # how far the size of an arm may be from LoRA's
+
+
+def same_size(rows):
+  """Rows of the arms that train as many numbers as LoRA, beside the head."""
+  size = next((r['adapter'] for r in rows if r['arm'] == 'lora'), 0)
+  return [r for r in rows
+          if size and abs(r['adapter'] / size - 1) <= SAME]
+
+
+def compared(rows):
+  """The comparison as Markdown, best mean rank first; the head not counted."""
+  lines = pivot.pivot([
+      dict(r, trained=r['adapter'], stored=r['file']) for r in rows])
+  key = lambda line: float(line['mean rank'] or 'inf')
+  return report.markdown(sorted(lines, key=key))
+
+
+def forgotten(rows):
+  """A line an arm: what was learnt and what was kept."""
+  lines = []
+  for arm in dict.fromkeys(r['arm'] for r in rows):
+    mine = [r for r in rows if r['arm'] == arm]
+    line = {'arm': arm}
+    for title, key in (('bits a byte on E2E', 'bits'),
+                       ('KL of the base, nats a token', 'keep')):
+      values = [r[key] for r in mine]
+      line[title] = f'{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}'
+    lines.append(line)
+  return report.markdown(lines)
+
+
+def updated(rows):
+  """A line an arm: the loss on both versions of the base."""
+  lines = []
+  for arm in dict.fromkeys(r['arm'] for r in rows):
+    mine = [r for r in rows if r['arm'] == arm]
+    line = {'arm': arm}
+    for title, key in (('bits a byte, version 1', 'bits_v1'),
+                       ('version 2, as it is', 'bits')):
+      values = [r[key] for r in mine if key in r]
+      line[title] = (f'{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}'
+                     if len(values) > 1 else '-')
+    lines.append(line)
+  return report.markdown(lines)
+
+
+def main(argv):
+  del argv
+  here = os.path.join('experiments', 'lowrank', 'README.md')
+  page = os.path.join('docs', 'lowrank.md')
+  tables.fill(here, 'claims', report.markdown(decide.all_lines()))
+  rows, missing = [], []
+  for task in grid_lib.TASKS:
+    found, lost = decide.grid_rows(task)
+    rows, missing = rows + found, missing + lost
+  if missing:
+    print(f'not recorded: {", ".join(missing)}')
+  if rows:
+    tables.fill(here, 'arms', report.markdown(report.table(rows)))
+    tables.fill(page, 'budget', compared(
+        [r for r in rows if r['arm'] not in ASIDE]))
+  if same_size(rows):
+    tables.fill(page, 'size', compared(same_size(rows)))
+  for name, make in (('forget', forgotten), ('updated_base', updated)):
+    found = decide.stored(name)
+    if found:
+      tables.fill(here, name, make(found))
+  found = decide.stored('intruders')
+  if found:
+    tables.fill(here, 'intruders', report.markdown(intruders.lines(found)))
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,61 @@
+r"""DeLoRA against the learning rate, beside LoRA and DoRA.
+
+  PEFTJAX_DATA=DATA python -m experiments.lowrank.prepare
+  PEFTJAX_DATA=DATA python -m peftjax.compare --workdir=runs/lowrank_rates \
+      --config=experiments/lowrank/rates.py \
+      --record=experiments/lowrank/rates_cells.json
+
+mpqa as in grid.py, 150 steps, eight rates over 3.5 decades, three seeds, no
+search: an arm is a method at a rate. Cells that diverge are failures of the
+grid and count as a score of 0. `arms=delora` runs one method, `:runlocal` two
+steps of one rate.
+"""
+
+import os
+
+import ml_collections
+
+from experiments import common
+from experiments.lowrank import arms as arms_lib
+from experiments.lowrank import grid as grid_lib
+
+METHODS = ('lora', 'dora', 'delora')
+RATES = tuple(10 ** (-4.5 + 0.5 * i) for i in range(8))
+
+
+def arm(method, rate):
+  return f'{method}@{rate:.2g}'
+
+
+def get_config(arg=None):
+  """The grid; `arg` holds arms, and what `common.parse_arg` takes."""
+  chosen, rest = common.choose(arg, arms='')
+  grid = grid_lib.get_config(
+      f'task=mpqa,{rest}' if 'runlocal' not in rest else rest)
+  given = common.parse_arg(rest)
+  small = given.pop('runlocal', False)
+  grid.base.eval_every, grid.base.watch_split = 0, ''
+  if 'steps' not in given:
+    grid.base.steps = 150
+  arms = {}
+  for name in common.pick(chosen['arms'], METHODS, 'arms'):
+    (_, change), = arms_lib.of(name, small)
+    arms |= {arm(name, rate): {**change, 'optim.lr': rate}
+             for rate in (RATES[3:4] if small else RATES)}
+  grid.arms, grid.search = tuple(arms.items()), None
+  return grid
+
+
+def widths(rows, method, within=0.02):
+  """{seed: decades of rates that come within so much of the best of a method}.
+
+  Half a decade a rate. Rates are compared by their mean over seeds for the
+  best, and seed by seed for what comes near it.
+  """
+  score = {}
+  for row in rows:
+    name, _, rate = row['arm'].partition('@')
+    if name == method:
+      score.setdefault(row['seed'], {})[rate] = row['score']
+  return {seed: 0.5 * sum(max(of.values()) - v <= within for v in of.values())
+          for seed, of in score.items()}
