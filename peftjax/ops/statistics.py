@@ -168,6 +168,8 @@ def components(most, first, similar):
 def _left(w, rank):
   """The first left singular vectors and values of w: ([d, rank], [rank])."""
   if min(w.shape) <= WHOLE:
+    if w.shape[0] < w.shape[1]:  # the same left side with fewer columns
+      w = jnp.linalg.qr(w.T, mode='r').T
     return svd.split(w, rank)[:2]
   return svd.randomised(w, rank, oversample=rank, iterations=4,
                         key=jax.random.key(42))[:2]

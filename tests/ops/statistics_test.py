@@ -120,7 +120,8 @@ def test_batches_of_few_rows_are_left_out():
   want, _ = reduced(reducer, plain[:1], 6)
   for found in (plain, padded, plain[::-1]):
     got, _ = reduced(reducer, found, 6)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for n, v in want.items():
+      np.testing.assert_allclose(got[n], v, rtol=5e-6, atol=2e-6)
   assert reduced(reducer, plain[1:], 6)[0]['rows'] == 0
 
 

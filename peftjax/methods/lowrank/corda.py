@@ -16,9 +16,10 @@ kernel does to inputs such as the calibration's, which should be those of the
 task. mode='kpm' (knowledge-preserved) takes the r smallest: the calibration
 shows what is to be kept. All min(d_in, d_out) components together are K.
 
-damp starts at 0.01 and is doubled until ||C' C'^-1 - I||_F < 0.05. The rows of x
-are the tokens that are no padding, a call is a batch of `config.calibrate`; its
-largest magnitude max|x| is divided out, so that all calls weigh about the same.
+damp starts at 0.01 and is doubled until ||C' C'^-1 - I||_F < 0.05. The rows of
+x are the tokens that are no padding, a call is a batch of `config.calibrate`;
+its largest magnitude max|x| is divided out, so that all calls weigh about the
+same.
 Layers that read the same share C.
 
 Init: A = A0, B = B0: exactly the base model. Theta, its two frozen leaves and
@@ -46,6 +47,7 @@ import jax.numpy as jnp
 from peftjax.calibrate import readable
 from peftjax.method import nearest
 from peftjax.methods.lowrank.pissa import starting_at
+from peftjax.ops import linalg
 from peftjax.ops import statistics
 from peftjax.ops import svd
 
@@ -97,7 +99,7 @@ def damped(c):
 
   def tried(damp):
     new = c + damp * mean * eye
-    inverse = jnp.linalg.inv(new)
+    inverse = linalg.inverse(new)
     return damp, new, inverse, jnp.linalg.norm(_mul(new, inverse) - eye)
 
   def again(found):

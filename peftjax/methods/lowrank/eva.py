@@ -82,7 +82,7 @@ def eva(rank=8, alpha=1.0, rho=2.0, tau=0.99, whiten=False, scaling='lora',
       values, which the authors found to help on images.
     scaling: 'lora' (alpha / r) or 'rslora' (alpha / sqrt(r)).
     rank_pattern: Ordered (regex, rank) pairs on site paths, or a mapping; the
-      first match wins, other sites take `rank`. A site of rank 0 has no adapter.
+      first match wins, other sites take `rank`. At rank 0 there is no adapter.
     alpha_pattern: The same for alpha.
     dropout: Rate on the adapter's input while training.
     sites: Predicate on sites; by default every kernel that multiplies what its
@@ -148,8 +148,8 @@ def shares_of(stats, most, path):
   values = np.asarray(stats['values'], float)
   if not np.all(stats['rows']):
     raise ValueError(
-        f'eva: {path!r} met no batch of at least {values.shape[-1]} rows, which '
-        'so many components need; raise calibrate.batch, or lower rank or rho')
+        f'eva: {path!r} met no batch of at least {values.shape[-1]} rows, as '
+        'many as components; raise calibrate.batch, or lower rank or rho')
   square = values.reshape(-1, values.shape[-1])[:, :most] ** 2
   total = np.asarray(stats['total'], float).reshape(-1, 1)
   return square / np.where(total > 0, total, 1)

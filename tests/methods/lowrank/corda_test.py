@@ -1,4 +1,4 @@
-"""CorDA against its closed form in float64, brute force and Hugging Face PEFT."""
+"""CorDA against its closed form in float64, brute force, Hugging Face PEFT."""
 
 import itertools
 

@@ -1,5 +1,5 @@
-"""EVA against the decomposition of its inputs, brute force and Hugging Face PEFT;
-and a run that shares out ranks, is saved, loaded and gone on with."""
+"""EVA against the decomposition of its inputs, brute force and Hugging Face
+PEFT; and a run that shares out ranks, is saved, loaded and gone on with."""
 
 import contextlib
 import functools
