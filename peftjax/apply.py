@@ -76,7 +76,7 @@ def _put_columns(stored, value, span):
 def _route(method, module, layout, called):
   """How a method acts on this call of this module: 'layer', 'fold' or ''."""
   if isinstance(module, nn.Embed) and called == 'attend':
-    return 'fold' if method.on == '__call__' else ''
+    return 'fold' if '__call__' in hooks_of(method) else ''
   if called not in hooks_of(method):
     return ''
   if method.layer is None:
@@ -93,7 +93,7 @@ class _Engine:
     self.named, self.train, self.batch = named, train, batch
     self.shared = {n: t.get(SHARED, {}) for n, t in theta.items()}
     self.met = set()
-    self.prefix = ()
+    self.prefix, self.folding = (), None
     self.called = {'__call__', 'attend'}.union(*map(hooks_of, named.values()))
 
   def __call__(self, f, args, kwargs, context):
@@ -106,6 +106,8 @@ class _Engine:
     args, kwargs = views_lib.positional(module, called, args, kwargs)
     layout, leaves = views_lib.look(module, own, args)
     path = '/'.join((*self.prefix, *module.path))
+    if (path, called) == self.folding:  # all that acts here is folded in
+      return f(*args, **kwargs)
     steps = []
     for name, m in self.named.items():
       route = _route(m, module, layout, called) if name in grafts else ''
@@ -162,7 +164,7 @@ class _Engine:
     alone. inner: the steps that made f, which a rule that asks for the kernel
     finds folded in, as outside of training.
     """
-    flat = layout.route == 'flat' and m.on == '__call__'
+    flat = layout.route == 'flat' and called == '__call__'
 
     def call(x, *rest, **kwargs):
       dtype = _compute_dtype(module, x, own)
@@ -242,12 +244,14 @@ class _Engine:
       given = [(*step[:3], parts) for step, parts in zip(steps, theta)]
       own = self.folded(
           given, leaves, own, path, self.train, rngs.get('params'))
-      outer, self.prefix = self.prefix, tuple(path.split('/')) if path else ()
+      outer = self.prefix, self.folding
+      self.prefix = tuple(path.split('/')) if path else ()
+      self.folding = (path, method)
       try:
         return bare.apply({'params': {**children, **own}}, *first, *rest,
                           method=method, rngs=rngs, mutable=['aux'], **kwargs)
       finally:
-        self.prefix = outer
+        self.prefix, self.folding = outer
 
     def call(*args):
       # Further inputs are closed over: some are Python booleans.
