@@ -46,6 +46,34 @@ COLUMNS = {
     'all-reduce MiB': _traffic}
 
 
+# What a step on a CPU was meant to reach: {column: {arm: at most}}.
+TARGETS = {
+    'flop_ratio': dict(lora=1.02, ia3=1.02, ssf=1.02, bitfit=1.02, oft=1.05,
+                       boft=1.05),
+    'ratio': dict(lora=0.75, ssf=0.75, bitfit=0.75, ia3=0.75, oft=0.85,
+                  boft=1.0),
+    'torch_ratio': dict(lora=0.9, oft=0.8, dora=0.7, ia3=1.0, boft=0.25,
+                        prefix=1.0, prompt=1.0)}
+_MEANT = dict(flop_ratio='FLOPs / bound', ratio='time / full',
+              torch_ratio='time / PEFT')
+
+
+def targets(results):
+  """A Markdown table of `TARGETS` and what each of the results reached."""
+  lines = [f'| | arm | at most | {" | ".join(r["model"] for r in results)} |',
+           '| --- | --- | ---: |' + ' ---: |' * len(results)]
+  for key, meant in TARGETS.items():
+    for arm, most in meant.items():
+      got = [r['arms'].get(arm, {}).get(key) for r in results]
+      cells_ = ['' if v is None else f'{v:.3f}' if key == 'flop_ratio'
+                else f'{v:.2f}' for v in got]
+      cells_ = [c + ' reached' if v is not None and v <= most else c
+                for c, v in zip(cells_, got)]
+      lines.append(f'| {_MEANT[key]} | {arm} | {most:g} | '
+                   f'{" | ".join(cells_)} |')
+  return '\n'.join(lines)
+
+
 def title(result):
   """One line on what was measured, and on what."""
   return (f'{result["model"]}, {result["batch"]} x {result["tokens"]} tokens, '
@@ -125,13 +153,17 @@ def chart(result, path):
 def written(text, results):
   """README text with the tables between the markers of their files replaced."""
   for name, result in results.items():
-    begin, end = f'<!-- {name} -->', f'<!-- end of {name} -->'
-    if begin not in text or end not in text:
-      raise ValueError(f'README.md has no {begin} ... {end}')
-    head, rest = text.split(begin)
-    table_ = f'{begin}\n{title(result)}\n\n{markdown(result)}\n'
-    text = head + table_ + end + rest.split(end)[1]
-  return text
+    text = _put(text, name, f'{title(result)}\n\n{markdown(result)}')
+  cpu = [r for r in results.values() if r['device'].startswith('cpu')]
+  return _put(text, 'targets', targets(cpu)) if cpu else text
+
+
+def _put(text, name, table_):
+  begin, end = f'<!-- {name} -->', f'<!-- end of {name} -->'
+  if begin not in text or end not in text:
+    raise ValueError(f'README.md has no {begin} ... {end}')
+  head, rest = text.split(begin)
+  return f'{head}{begin}\n{table_}\n{end}{rest.split(end)[1]}'
 
 
 def main():
