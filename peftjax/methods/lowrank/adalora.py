@@ -21,9 +21,9 @@ triplets of all n kernels together have the budget
   b(t) = bT + (b0 - bT) (1 - (t - t0) / (t1 - t0))^3    b0 = n r0, bT = n target
 
 rounded down. From t0 on, every delta_t steps, e is set to 0 where the score is
-not above the (b0 - b(t))-th smallest; it may come back until the next time. What
-is left at t1 stays: from there on the rest of e is set to 0 after every step. S,
-U and the mask are data of theta and change within the compiled step
+not above the (b0 - b(t))-th smallest; it may come back until the next time.
+What is left at t1 stays: from there on the rest of e is set to 0 after every
+step. S, U and the mask are data of theta and change within the compiled step
 (`Method.track`).
 
 When the run ends, the triplets that are masked are taken out (phase 'compact'):
