@@ -18,7 +18,6 @@ import numpy as np
 
 from peftjax import calibrate
 from peftjax import conformance
-from peftjax import folding
 from peftjax import method as method_lib
 from peftjax import sites as sites_lib
 from peftjax import theta as theta_lib
@@ -42,7 +41,8 @@ class Capability(NamedTuple):
     share: The same as a share of the model's parameters, or None.
     folds: Whether it can be written as plain parameters.
     exact: Whether the adapted model starts as the base, up to rounding.
-    calibration: 'no', 'optional' or 'needed': statistics of activations.
+    calibration: 'no', or what statistics are collected of before it starts:
+      'inputs', 'gradient', 'examples'.
     int8: Whether it works on an int8 base; None where it trains nothing.
   """
 
@@ -63,20 +63,6 @@ class Capability(NamedTuple):
         f'{self.trained:,}', f'{100 * self.share:.3g} %')
     return (f'`{self.family}.{self.method}`', self.family, self.formula, *size,
             yes[self.folds], yes[self.exact], self.calibration, yes[self.int8])
-
-
-class _Spy:
-  """Statistics that note whether they were looked at."""
-
-  looked = False
-
-  def __getattr__(self, name):
-    type(self).looked = True
-    raise AttributeError(name)
-
-  def __getitem__(self, name):
-    type(self).looked = True
-    raise KeyError(name)
 
 
 def formula(name):
@@ -115,31 +101,6 @@ def _trained(name):
   return trees.count(trained), trees.count(params)
 
 
-def _calibration(run):
-  """Whether init reads statistics, and works without them."""
-  spy = type('Spy', (_Spy,), {})
-
-  def init(stats):
-    for site in sites_lib.matched(run.method, run.sites).values():
-      site = folding.site_for(run.method, site)
-      jax.eval_shape(
-          lambda key, p, s=site: run.method.init(key, s, p, stats),
-          jax.random.key(0), dict(site.params))
-
-  try:
-    init(spy())
-  except Exception:  # the spy is no statistics, and init may use it anyhow
-    if not spy.looked:
-      raise
-  if not spy.looked:
-    return 'no'
-  try:
-    init(None)
-  except (AttributeError, KeyError, TypeError, ValueError):
-    return 'needed'
-  return 'optional'
-
-
 def _holds(check, run):
   """Whether a check passes; None where it does not apply."""
   try:
@@ -166,7 +127,8 @@ def measure(name):
       short, family, formula(name), trained,
       None if trained is None else trained / total,
       bool(_holds(checks.layer_equals_fold, run)),
-      bool(far <= checks.EXACT * np.abs(run.base).max()), _calibration(run),
+      bool(far <= checks.EXACT * np.abs(run.base).max()),
+      run.method.calibration.of if run.method.calibration else 'no',
       int8)
 
 
