@@ -55,7 +55,7 @@ def export_lora(adapter_dir, out, rank, base=None, head='keep',
   files.write(out, config, tensors, {
       'peftjax.methods': json.dumps([p.spec['name'] for p in parts]),
       'peftjax.residual': repr(report['residual']),
-      'peftjax.fingerprint': source.base.fingerprint})
+      'peftjax.fingerprint': source.fingerprint})
   return dict(out=str(out), **report, left_out=left)
 
 

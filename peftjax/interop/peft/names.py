@@ -44,6 +44,11 @@ _VERSION_5 = {'vit': _VIT, 'deit': _VIT, 'dinov2': _DINO,
 _SPLIT = {'mlp.weights_in': ('mlp.gate_proj', 'mlp.up_proj')}
 
 
+def scanned(path):
+  """A path of an unrolled model as the scanned one has it."""
+  return re.sub(r'(^|(?<=/))block_\d+(?=/)', 'blocks', path)
+
+
 class Module(NamedTuple):
   """One torch module with parameters of its own.
 
@@ -246,6 +251,10 @@ class Names:
           break
       out.add(end)
     return sorted(out)
+
+  def given(self, path):
+    """An unrolled path as the model has it, which patterns are written for."""
+    return scanned(path) if self.scan else path
 
   def unroll(self, theta):
     """{path: leaves} of a scanned model -> of the unrolled one."""

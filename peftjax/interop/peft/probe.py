@@ -21,6 +21,7 @@ import numpy as np
 
 from peftjax.apply import apply
 from peftjax.artifact import save_adapter
+from peftjax import calibrate
 from peftjax.fold import fold_adapter
 from peftjax.interop.peft import as_lora
 from peftjax.interop.peft import reading
@@ -32,7 +33,8 @@ from peftjax import theta as theta_lib
 
 IDS = np.random.default_rng(0).integers(3, 31, (3, 8))
 # Where an example's settings are not what PEFT on a CPU can hold.
-_SETTINGS = {'orthogonal.boft': dict(factors=1)}
+_SETTINGS = {'orthogonal.boft': dict(factors=1),
+             'lowrank.dense_lora': dict(activation='identity')}
 PAGE = os.path.join('docs', 'peft.md')
 RANK = 8
 
@@ -82,7 +84,8 @@ def probe(name, weights, folder):
   method = load(name, **{**example, **_SETTINGS.get(name, {})})
   source = source_lib.open_base(weights)
   sites, params = source.sites, source.base.params
-  theta = theta_lib.init((method,), jax.random.key(0), sites, params)
+  theta = theta_lib.init((method,), jax.random.key(0), sites, params,
+                         calibrate.stand_in(method, sites))
   keys = iter(jax.random.split(jax.random.key(1), 500))
   trained, frozen = theta_lib.partition((method,), theta)
   trained = jax.tree.map(

@@ -13,6 +13,7 @@ import numpy as np
 from peftjax import theta as theta_lib
 from peftjax.artifact import save_adapter
 from peftjax.interop.peft import files
+from peftjax.interop.peft.names import scanned
 from peftjax.interop.peft.part import array, matched, Part, sites_of
 from peftjax.interop.peft.source import open_base
 from peftjax.interop.peft.types import trainable_tokens
@@ -58,10 +59,11 @@ def convert_adapter(peft_dir, out, base=None, head='auto', scan=False):
   else:
     fused = 'split'
   told = metadata.get('peftjax.fingerprint')
-  if told and told != source.base.fingerprint and classes is None:
+  if told and classes is None and (
+      told not in (source.base.fingerprint, source.fingerprint)):
     raise ValueError(
         f'{peft_dir} was written for another base: {told[:12]}..., {weights} is '
-        f'{source.base.fingerprint[:12]}... (fingerprints)')
+        f'{source.fingerprint[:12]}... (fingerprints)')
   parts = parts_of(config, kind, modules, rest, source)
   methods, theta = build(parts, source)
   save_adapter(out, methods, theta, source.sites, source.base.params, base=dict(
@@ -89,17 +91,19 @@ def parts_of(config, kind, modules, rest, source):
   """
   names, sites = source.names, source.unrolled
   prompt = not kind.SUFFIXES
-  if prompt:
-    own = {n: v for n, v in rest.items() if '.' not in n}
-    modules = {'': own}
-    rest = {n: v for n, v in rest.items() if '.' in n}
-  elif not modules:
+  common = getattr(kind, 'COMMON', ())
+  own = {n: v for n, v in rest.items()
+         if n in common or prompt and '.' not in n}
+  rest = {n: v for n, v in rest.items() if n not in own}
+  if not prompt and not modules:
     raise ValueError(f'no tensor of a {config["peft_type"]} adapter among '
                      f'{sorted(rest)[:5]}; expected names that end in '
                      f'{list(kind.SUFFIXES)}')
-  for name in () if prompt else modules:
+  for name in modules:
     if name in names.modules:  # a decoder tied to a table follows it
       _check_target(config, name)
+  if prompt or common:
+    modules = {**modules, '': own}
   adapter = kind.read(config, modules, names, sites)
   whole, biases, tokens = {}, {}, {}
   entries = tuple(config.get('modules_to_save') or ())
@@ -207,8 +211,7 @@ def _stacked(part, names):
   """A Part for the scanned model: its numbers stacked, its paths renamed."""
   def rename(value):
     if isinstance(value, str) and value.startswith('^('):
-      paths = [re.sub(r'(^|(?<=/))block_\d+(?=/)', 'blocks', p)
-               for p in value[2:-2].split('|')]
+      paths = map(scanned, value[2:-2].split('|'))
       return '^(' + '|'.join(dict.fromkeys(paths)) + ')$'
     if isinstance(value, dict):
       return {k: rename(v) for k, v in value.items()}
@@ -218,8 +221,7 @@ def _stacked(part, names):
 
   shapes = {}
   for path, t in part.theta.items():
-    key = re.sub(r'(^|(?<=/))block_\d+(?=/)', 'blocks', path)
-    shapes.setdefault(key, set()).add(tuple(sorted(
+    shapes.setdefault(scanned(path), set()).add(tuple(sorted(
         (n, np.shape(v)) for n, v in t.items())))
   for path, found in shapes.items():
     if len(found) > 1:
@@ -259,7 +261,9 @@ def build(parts, source):
           raise ValueError(
               f'{name} at {path!r}: the leaf {leaf!r} is '
               f'{"not in the adapter" if leaf in new else "not of the method"}')
-        if tuple(new[leaf].shape) != tuple(np.shape(old[leaf])):
+        # Shapes of a later phase follow from what was trained before.
+        if not method.spec.get('phase') and (
+            tuple(new[leaf].shape) != tuple(np.shape(old[leaf]))):
           raise ValueError(
               f'{name} at {path!r}: {leaf} of {list(np.shape(old[leaf]))}, the '
               f'base needs {list(new[leaf].shape)}; the adapter is of another '

@@ -25,6 +25,13 @@ class Source(NamedTuple):
   flat: dict  # its unrolled params, {path: array}
   names: Names
 
+  @property
+  def fingerprint(self):
+    """Of the unrolled parameters: one for both forms of a base."""
+    if not self.names.scan:
+      return self.base.fingerprint
+    return trees.fingerprint(trees.unflatten(self.flat))
+
 
 def open_base(weights, head='own', classes=None, scan=False, fused='split',
               keep_head='keep', transformers=5, param_dtype='float32'):

@@ -21,7 +21,7 @@ FULL, BIAS, TOKENS = (
 _TASKS = {'classify': 'SEQ_CLS', 'tag': 'TOKEN_CLS', 'lm': 'CAUSAL_LM',
           None: 'FEATURE_EXTRACTION', 'pool': 'FEATURE_EXTRACTION'}
 _CLASSIFIERS = ('classifier', 'score')
-_BIASED = ('LORA', 'OFT', 'BOFT')
+_BIASED = ('LORA', 'ADALORA', 'DELORA', 'VERA', 'OFT', 'BOFT')
 _ALONE = ('TRAINABLE_TOKENS',)  # has no modules_to_save
 
 
@@ -48,7 +48,7 @@ def export_adapter(adapter_dir, out, base=None, head='keep', transformers=5):
   config, tensors, left = convert(parts, source, base)
   files.write(out, config, tensors, {
       'peftjax.methods': json.dumps([p.spec['name'] for p in parts]),
-      'peftjax.fingerprint': source.base.fingerprint})
+      'peftjax.fingerprint': source.fingerprint})
   return dict(peft_type=config['peft_type'], out=str(out), left_out=left,
               methods=[p.spec['name'] for p in parts], tensors=len(tensors))
 
@@ -75,7 +75,7 @@ def convert(parts, source, base=None):
     for suffix, value in t.items():
       tensors['.'.join(filter(None, (written, suffix)))] = value
   if not prompt:
-    config.setdefault('target_modules', names.targets(modules))
+    config.setdefault('target_modules', names.targets(filter(None, modules)))
   for part in parts:
     what = part.spec['name']
     if part is main:
@@ -104,7 +104,8 @@ def convert(parts, source, base=None):
   if entries:
     config['modules_to_save'] = entries
   start = 'base_model.' if prompt else 'base_model.model.'
-  whole = {n: v for n, v in tensors.items() if '.' not in n}
+  top = '' if prompt else 'base_model.'
+  whole = {top + n: array(v) for n, v in tensors.items() if '.' not in n}
   rest = {**{n: v for n, v in tensors.items() if '.' in n}, **more}  # in order
   return config, {**whole, **{start + n: array(v) for n, v in rest.items()}}, left
 
@@ -118,17 +119,20 @@ def _without_head(part, left):
 
 def _main(parts, kinds):
   """(the part that decides the kind, the kind)."""
-  by_method = {m: k for k, v in kinds.items() for m in v.METHODS}
-  found = [p for p in parts if p.spec['name'] in by_method]
+  known = {m for v in kinds.values() for m in v.METHODS}
+  found = [p for p in parts if p.spec['name'] in known]
   others = [p for p in found if p.spec['name'] != TOKENS]
   found = others or found
   if len(found) == 1:
-    return found[0], by_method[found[0].spec['name']]
+    part, = found
+    takes = lambda v: part.spec['name'] in v.METHODS and (
+        not hasattr(v, 'takes') or v.takes(part))
+    return part, next(k for k, v in kinds.items() if takes(v))
   said = [p.spec['name'] for p in parts]
   if not found:
     raise ValueError(
         f'{said}: PEFT has none of them as a method of its own'
-        f'{nearest(said[0], by_method) if said else ""} Write the folded model '
+        f'{nearest(said[0], known) if said else ""} Write the folded model '
         "(format 'merged'), or the nearest LoRA of a rank (format 'lora')")
   raise ValueError(f'{[p.spec["name"] for p in found]}: an adapter of PEFT is of '
                    "one kind; write the folded model (format 'merged')")

@@ -49,7 +49,7 @@ QUERY = 'base_model.model.bert.encoder.layer.0.attention.self.query'
 CHANGES = [
     (dict(peft_type='LORAA'), "peft_type 'LORAA' is not supported; did you mean"
      " 'LORA'"),
-    (dict(peft_type='VERA'), "peft_type 'VERA' is not supported"),
+    (dict(peft_type='XLORA'), "peft_type 'XLORA' is not supported"),
     (dict(use_next_year=True), 'use_next_year=True is a setting of LORA that is '
      'not supported'),
     (dict(use_qalora=True), 'use_qalora=True'),

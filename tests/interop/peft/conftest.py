@@ -198,6 +198,9 @@ def gradients(family, model, source, loss):
   grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
   grads = {n: torch.zeros_like(dict(model.named_parameters())[n]) if v is None
            else v for n, v in grads.items()}
+  # Data of the whole adapter, which PEFT asks for beside them.
+  grads |= {n: v for n, v in model.named_buffers(remove_duplicate=False)
+            if '.vera_' in n}
   config = model.peft_config['default']
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
@@ -256,7 +259,8 @@ def reopened(family, folder, trainable=True):
     warnings.simplefilter('error')
     for about in ('.*CUDA.*', '.*butterfly.*', '.*deprecated.*', '.*SwigPy.*',
                   '.*tie_word_embeddings.*',
-                  "Unsupported layer type.*Norm"):  # of its own LN tuning
+                  "Unsupported layer type.*Norm",  # of its own LN tuning
+                  '.*rank_pattern keys did not match.*lora_E'):  # of AdaLoRA's
       warnings.filterwarnings('ignore', about)
     return peft.PeftModel.from_pretrained(
         base(family), folder, is_trainable=trainable).eval()

@@ -52,8 +52,11 @@ ABSENT = {
     ('convnext', 'oft'): "PEFT's OFT of a convolution adds overlaps up",
     ('resnet', 'ln'): "a batch norm's statistics are folded into our scale",
 }
-CASES = [(f, k) for f in TARGETS for k in KINDS if (f, k) not in ABSENT]
-TRAINED = [('bert', k) for k in KINDS] + [('llama', k) for k in KINDS] + [
+LOWRANK = ('adalora', 'delora', 'kasa', 'vera')
+CASES = [(f, k) for f in TARGETS for k in KINDS if (f, k) not in ABSENT] + [
+    (f, k) for f in ('bert', 'llama') for k in LOWRANK] + [
+        ('gpt2', 'adalora'), ('gpt2', 'vera'), ('resnet', 'adalora')]
+TRAINED = [(f, k) for f in ('bert', 'llama') for k in KINDS + LOWRANK] + [
     (f, 'lora') for f in ('gpt2', 't5', 'vit', 'resnet')]
 
 
@@ -69,6 +72,20 @@ def config(family, kind):
         rank_pattern={kernels[0]: 2}, alpha_pattern={kernels[-1]: 7})
   if kind == 'dora':
     return peft.LoraConfig(r=2, lora_alpha=4, use_dora=True, use_rslora=True,
+                           target_modules=kernels)
+  if kind == 'adalora':
+    return peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=6, tinit=5, tfinal=10, total_step=50,
+        deltaT=3, beta1=0.8, orth_reg_weight=0.25, target_modules=kernels)
+  if kind == 'delora':
+    return peft.DeloraConfig(r=3, delora_lambda=2, target_modules=kernels,
+                             rank_pattern={kernels[0]: 2})
+  if kind == 'kasa':
+    return peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=kernels, use_rslora=True,
+        rank_pattern={kernels[0]: 2}, kasa_config=peft.KasaConfig(beta=1e-3))
+  if kind == 'vera':
+    return peft.VeraConfig(r=20, d_initial=0.2, projection_prng_key=3,
                            target_modules=kernels)
   if kind == 'oft':
     exact = family in ('bert', 'vit')
@@ -91,7 +108,8 @@ def near(a, b, tolerance):
 @pytest.mark.parametrize('name, kind', CASES, ids=map('-'.join, CASES))
 def test_output_gradient_and_files(family, kit, tmp_path, name, kind):
   fam = family(name)
-  model = kit.adapted(fam, config(name, kind), 1, 0.4 if kind == 'ia3' else 0.1)
+  model = kit.adapted(fam, config(name, kind), 1,
+                      0.4 if kind in ('adalora', 'ia3') else 0.1)
   source, methods, theta = kit.imported(fam, model, tmp_path)
   weight = np.random.default_rng(1).normal(
       size=tuple(kit.torch_output(model, name).shape)).astype(np.float32)
@@ -150,7 +168,9 @@ def test_output_gradient_and_files(family, kit, tmp_path, name, kind):
 @pytest.mark.parametrize('name, kind', TRAINED, ids=map('-'.join, TRAINED))
 def test_training_goes_the_same_way_and_on(family, kit, tmp_path, name, kind):
   fam = family(name)
-  model = kit.adapted(fam, config(name, kind), scale=0.02)
+  # A product of three small numbers would be next to nothing.
+  model = kit.adapted(fam, config(name, kind),
+                      scale=0.3 if kind == 'adalora' else 0.02)
   source, methods, theta = kit.imported(fam, model, tmp_path)
   start = kit.real(name, kit.torch_output(model, name).detach().numpy())
   target = start + 0.3 * np.random.default_rng(2).normal(

@@ -1,4 +1,4 @@
-"""LORA: LoRA, rsLoRA and DoRA; PiSSA, OLoRA and LoftQ on the original base.
+"""LORA: LoRA, rsLoRA, DoRA and KaSA, and whatever else is a LoRA once trained.
 
   ours                       PEFT
   a [d_in, r]                lora_A.weight [r, d_in]; of a convolution [r, c, kh,
@@ -6,12 +6,16 @@
   b [r, d_out]               lora_B.weight [d_out, r], [d_out, r, 1, 1];
                              lora_embedding_B [d, r]
   m [d_out]                  lora_magnitude_vector [d_out]; [1, d_out, 1, 1]
+  g [r] of KaSA              lora_diag [r]
   scale s                    lora_alpha / r, or / sqrt(r)
 
 Slices of a fused kernel become one adapter whose rank is the sum of theirs.
 K + s (A B - A0 B0) is the LoRA [A, A0], [B; -B0] of twice the rank, on K as it
-was before PiSSA or OLoRA. A table that also decodes (tied) is adapted in both
-places, as it is here.
+was before PiSSA, OLoRA, CorDA or LoRA-GA; `interop.peft.factors` has the rest. A
+table that also decodes (tied) is adapted in both places, as it is here.
+
+KaSA is one where `kasa_config` says so, of linear layers. PEFT cuts the kernels
+itself when it loads it, from the original base, and so does what is read here.
 
 An adapter that says `init_lora_weights: loftq` is for kernels that PEFT rounds
 when it loads it: codes are made of them here too, and it is read as
@@ -19,22 +23,22 @@ when it loads it: codes are made of them here too, and it is read as
 says `true`, and is a plain LoRA on that base.
 """
 
-import math
-
 import numpy as np
 
-from peftjax.interop.peft.part import array, at, commonest, matched, one, Part
+from peftjax.interop.peft import factors
+from peftjax.interop.peft.part import array, commonest, matched, one, Part
 from peftjax.interop.peft.part import plain, sites_of
 from peftjax.method import nearest
 
-METHODS = ('lowrank.lora', 'lowrank.dora', 'lowrank.pissa', 'lowrank.olora')
+METHODS = tuple(factors.FORMS)
 SUFFIXES = ('lora_A.weight', 'lora_B.weight', 'lora_embedding_A',
-            'lora_embedding_B', 'lora_magnitude_vector')
+            'lora_embedding_B', 'lora_magnitude_vector', 'lora_diag')
 CONFIG = dict(r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False,
               use_dora=False, fan_in_fan_out=False, rank_pattern={},
-              alpha_pattern={}, init_lora_weights=True, loftq_config={})
+              alpha_pattern={}, init_lora_weights=True, loftq_config={},
+              kasa_config=None)
 # Starts that leave the base as it is: nothing of them is needed any more.
-_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva', 'kasa')
+_STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')
 # Starts that PEFT makes again from the base when it loads the adapter.
 _REMADE = {'pissa': 'lowrank.pissa', 'olora': 'lowrank.olora',
            'loftq': 'quantised.loftq'}
@@ -43,27 +47,31 @@ _REMADE = {'pissa': 'lowrank.pissa', 'olora': 'lowrank.olora',
 def write(part, names, sites):
   """See `peftjax.interop.peft`."""
   given = part.settings
-  root = math.sqrt if given['scaling'] == 'rslora' else float
-  alpha_of = lambda path: at(given['alpha_pattern'], path, given['alpha'])
-  groups = {}
-  for path, t in part.theta.items():
+  root, kasa = factors.rank_root(given), part.spec['name'] == 'lowrank.kasa'
+  groups, said = {}, {}
+  for path, f in factors.of(part, names).items():
     if len(sites[path].params['kernel'].shape) != 2:
       raise ValueError(
           f'{path!r}: a kernel of {list(sites[path].params["kernel"].shape)} '
           'has no matrix form (a grouped convolution); PEFT\'s differs')
     module, span = names.module(path)
-    a, b = t['a'], t['b']
-    scale = alpha_of(path) / root(a.shape[1])
-    if 'a0' in t:
-      a = np.concatenate([a, t['a0']], 1)
-      b = np.concatenate([b, -np.asarray(t['b0'])], 0)
-    groups.setdefault(module, []).append((path, span, scale, a, b, t.get('m')))
+    if kasa and (module.kind != 'linear' or span is not None):
+      raise ValueError(
+          f"{path!r}: PEFT's KaSA is of whole linear layers, and "
+          f'{module.name} is of kind {module.kind!r}, '
+          f'{"a slice" if span else "whole"} here; write it with format '
+          "'lora' and twice the rank, which loses nothing")
+    said[path] = f.alpha
+    groups.setdefault(module, []).append(
+        (path, span, f.scale, f.a, f.b, part.theta[path].get('m')))
   modules, ranks, alphas = {}, {}, {}
   for module, found in groups.items():
     scale = one({path: s for path, _, s, *_ in found},
                 f'the scale within {module.name}')
-    a, b, m = _joined(module, found, sites)
+    a, b, m = joined(module, found, sites)
     modules[module.name] = _tensors(module, a, b, m)
+    if kasa:
+      modules[module.name]['lora_diag'] = array(part.theta[found[0][0]]['g'])
     names_here = [module.name]
     decoder = names.tied(module.path) if module.kind == 'embedding' else None
     if decoder:
@@ -74,26 +82,28 @@ def write(part, names, sites):
       names_here.append(decoder)
     for name in names_here:
       ranks[name] = a.shape[1]
-      alphas[name] = _alpha(found, alpha_of, scale, root, a.shape[1])
+      alphas[name] = _alpha(said[found[0][0]], scale, root, a.shape[1])
   r, alpha = commonest(ranks.values()), commonest(alphas.values())
   config = dict(
       r=r, lora_alpha=plain(alpha), lora_dropout=given['dropout'],
-      use_rslora=given['scaling'] == 'rslora',
+      use_rslora=given.get('scaling') == 'rslora',
       use_dora=part.spec['name'] == 'lowrank.dora',
       fan_in_fan_out=any(m.kind == 'conv1d' for m in groups),
       rank_pattern={n: v for n, v in ranks.items() if v != r},
       alpha_pattern={n: plain(v) for n, v in alphas.items() if v != alpha},
       init_lora_weights=True)
+  if kasa:
+    config['kasa_config'] = dict(beta=given['beta'], gamma=given['gamma'])
   return config, modules
 
 
-def _alpha(found, alpha_of, scale, root, rank):
+def _alpha(given, scale, root, rank):
   """The alpha that gives `scale` at `rank`; as it was given where it can be."""
-  alpha = alpha_of(found[0][0])
-  return alpha if alpha / root(rank) == scale else scale * root(rank)
+  same = given is not None and given / root(rank) == scale
+  return given if same else scale * root(rank)
 
 
-def _joined(module, found, sites):
+def joined(module, found, sites):
   """(a [d_in, r], b [r, d_out], m or None) of one module from its slices."""
   path, span, _, a, b, m = found[0]
   if len(found) == 1 and span is None:
@@ -148,7 +158,11 @@ def read(config, modules, names, sites):
         'data, and the adapter alone does not say how; save it from PEFT with '
         'path_initial_model_for_weight_conversion, which writes a plain LoRA'
         f'{nearest(str(start), [*map(str, _STARTS), *_REMADE])}')
-  dora = config['use_dora']
+  dora, kasa = config['use_dora'], config['kasa_config']
+  if kasa and (dora or start in _REMADE):
+    raise ValueError(
+        f'kasa_config with use_dora={dora}, init_lora_weights={start!r}: '
+        'expected one change of the base at most')
   if dora and start in _REMADE:
     raise ValueError(f'use_dora with init_lora_weights={start!r}: DoRA on a '
                      'base that its start changed is not a method here')
@@ -159,12 +173,14 @@ def read(config, modules, names, sites):
     if name in ties:
       continue  # what its table's adapter says again
     module = names.path(name)
-    if more and module.kind != 'linear':
-      raise ValueError(f'{name}: LoftQ of a module of kind {module.kind!r}, '
-                       "expected 'linear'; PEFT's blocks of it are others")
+    if (more or kasa) and module.kind != 'linear':
+      raise ValueError(
+          f'{name}: {"KaSA" if kasa else "LoftQ"} of a module of kind '
+          f"{module.kind!r}, expected 'linear'; PEFT's of it is another")
     want = ('lora_embedding_A', 'lora_embedding_B') if (
         module.kind == 'embedding') else ('lora_A.weight', 'lora_B.weight')
     want += ('lora_magnitude_vector',) if dora else ()
+    want += ('lora_diag',) if kasa else ()
     if set(t) != set(want):
       raise ValueError(f'{name}: expected the tensors {sorted(want)}, found '
                        f'{sorted(t)}')
@@ -180,12 +196,18 @@ def read(config, modules, names, sites):
     theta[module.path] = dict(a=array(a), b=array(b))
     if dora:
       theta[module.path]['m'] = array(t['lora_magnitude_vector'].reshape(-1))
+    if kasa:  # what is cut off is made from the base
+      theta[module.path]['g'] = array(t['lora_diag'])
     ranks[module.path] = rank
     alphas[module.path] = matched(
         config['alpha_pattern'], name, config['lora_alpha'])
   r, alpha = commonest(ranks.values()), commonest(alphas.values())
+  method = 'lowrank.dora' if dora else _REMADE.get(start, 'lowrank.lora')
+  if kasa:
+    method = 'lowrank.kasa'
+    more = {k: kasa[k] for k in ('beta', 'gamma') if k in kasa}
   spec = dict(
-      name='lowrank.dora' if dora else _REMADE.get(start, 'lowrank.lora'),
+      name=method,
       rank=r, alpha=float(alpha),
       scaling='rslora' if config['use_rslora'] else 'lora',
       dropout=config['lora_dropout'], sites=sites_of(theta), **more)
