@@ -15,6 +15,7 @@ from experiments import common
 from peftjax import bank
 from peftjax import evaluate
 from peftjax import metrics
+from peftjax import phases
 from peftjax import program
 from peftjax import step as run_step
 from peftjax import train as train_lib
@@ -104,6 +105,28 @@ def test_members_are_single_runs(name, tiny_weights, tmp_path):
       assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
     with open(tmp_path / 'bank' / folder / 'summary.json') as f:
       assert json.load(f) == got
+
+
+@pytest.mark.parametrize('method', [
+    dict(name='lowrank.adalora', rank=4, target=2),
+    dict(name='lowrank.auto_lora', rank=4, xi=0.1)])
+def test_state_that_follows_gradients_is_each_members_own(
+    method, tiny_weights, tmp_path, monkeypatch):
+  """Masks and averages, and hypergradients, of methods without their end."""
+  schedule = phases.schedule
+  monkeypatch.setattr(phases, 'schedule', lambda methods, steps: schedule(
+      [m._replace(phases=()) for m in methods], steps))
+  config = make_config(tiny_weights, [method])
+  out = bank.train(config, MEMBERS, str(tmp_path / 'bank'), progress=False)
+  thetas = []
+  for changes, (folder, got) in zip(MEMBERS, out.items()):
+    want = single(config, changes, tmp_path / folder)
+    thetas.append(theta_of(got))
+    assert_close(thetas[-1], theta_of(want), rtol=0, atol=1e-5)
+  name, = set(thetas[0]) - {'full'}
+  moved = 'mask' if name == 'adalora' else 'logits'
+  assert any((a[moved] != b[moved]).any() for a, b in zip(
+      *(t[name].values() for t in thetas)))
 
 
 def test_a_member_is_an_adapter_like_any_other(tiny_weights, tmp_path):

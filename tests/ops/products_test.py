@@ -41,6 +41,24 @@ def test_mapped_over_many_a():
       jax.grad(loss)(a), jnp.einsum('nd,knr->kdr', x, w), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('shape', [(7, 2), (2, 7)])
+def test_gradients_of_gradients_are_those_of_a_plain_product(shape):
+  """As a loss after a step of SGD has them."""
+  x, a, w = arrays((3, 4, shape[0]), shape, (3, 4, shape[1]))
+
+  def after(dot):
+    loss = lambda a, x: (jnp.sin(dot(x, a)) * w).sum()
+
+    def moved(a, x):
+      g = jax.grad(loss, (0, 1))(a, x)
+      return loss(a - 0.3 * g[0], x - 0.3 * g[1])
+
+    return jax.jit(jax.grad(moved, (0, 1)))(a, x)
+
+  for got, want in zip(after(products.thin), after(jnp.matmul)):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_the_scale_is_that_of_the_result():
   h, b = arrays((4, 2), (2, 7))
   np.testing.assert_allclose(
