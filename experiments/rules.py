@@ -48,13 +48,17 @@ def decide_part(part, rows):
   """(verdict, text) of one part.
 
   Raises:
-    ValueError: rows that lack one of the arms, or a seed of it.
+    ValueError: rows that lack one of the arms, a seed of it, or the key.
   """
   rows = [r for r in rows if not part.tasks or r['task'] in part.tasks]
+  key = 'curve' if part.rule == 'FASTER' else part.key
   for arm in (part.arm, part.other):
-    if not any(r['arm'] == arm for r in rows):
+    mine = [r for r in rows if r['arm'] == arm]
+    if not mine:
       raise ValueError(f'no rows of arm {arm!r}; there are '
                        f'{sorted({r["arm"] for r in rows})}')
+    if key and not all(key in r for r in mine):
+      raise ValueError(f'rows of arm {arm!r} without {key!r}')
   if part.rule == 'FEWER':
     return _fewer(part, rows)
   if part.rule == 'FASTER':

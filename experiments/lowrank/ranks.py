@@ -5,7 +5,7 @@ r"""AutoLoRA's ranks, searched once a task; the arms of grid.py that retrain the
       --record=experiments/lowrank/ranks_cells.json
   python -m experiments.lowrank.ranks
 
-The search (rank 8, 200 steps, the rate chosen as in grid.py, seed 0) is a run
+The search (rank 8, 180 steps, the rate chosen as in grid.py, seed 0) is a run
 of its own, so that what follows differs in the ranks alone: plain LoRA with the
 ranks found, with the same ranks at other kernels (a random permutation), with
 equal ranks of the same sum, and AdaLoRA with that budget. The second command
