@@ -207,7 +207,11 @@ def names():
 def factory(name):
   """The factory function of 'family.method': the function named as its file."""
   if name not in names():
-    raise ValueError(f'unknown method {name!r}{nearest(name, names())}')
+    meant = [n for n in names() if name in n.split('.')]  # without its family
+    raise ValueError(
+        f'unknown method {name!r}'
+        + (f'; did you mean {" or ".join(map(repr, meant))}?' if meant
+           else nearest(name, names())))
   module = importlib.import_module(f'peftjax.methods.{name}')
   return getattr(module, name.rsplit('.', 1)[-1])
 

@@ -254,9 +254,10 @@ class _Problem:
     total = (small * (size - small / 2)).sum() / DELTA
     grad = np.zeros_like(w)
     g = slope * first
-    np.add.at(grad, 2 * self.which, g)
+    count = lambda v: np.bincount(self.which, v, len(self.names))
+    grad[:n:2] = count(g)
     if not self.flat:
-      np.add.at(grad, 2 * self.which + 1, -g * self.x)
+      grad[1:n:2] = count(-g * self.x)
     grad[n] = -(slope * (second if b else first) * self.d).sum()
     grad[n + 1] = slope.sum() * floor
     if b:
@@ -294,13 +295,18 @@ class _Problem:
 
   def best(self, starts):
     """The whole vector of the best fit from any of the starts."""
-    run = lambda v: optimize.minimize(
-        self.value, v, jac=True, method='L-BFGS-B', options=dict(
-            maxiter=2000, maxfun=20000, maxcor=20, ftol=1e-15, gtol=1e-10))
-    found = min((run(v) for v in starts), key=lambda r: r.fun)
-    for _ in range(20):  # from where it stopped, without its memory
+    def run(v, most=2000):
+      return optimize.minimize(
+          self.value, v, jac=True, method='L-BFGS-B', options=dict(
+              maxiter=most, maxfun=10 * most, maxcor=20, ftol=1e-15,
+              gtol=1e-10))
+
+    # All a little way, then those that came furthest to the end.
+    first = sorted((run(v, 100) for v in starts), key=lambda r: r.fun)
+    found = min((run(r.x) for r in first[:4]), key=lambda r: r.fun)
+    for _ in range(4):  # from where it stopped, without its memory
       again = run(found.x)
-      if not again.fun < found.fun * (1 - 1e-6):
+      if not again.fun < found.fun * (1 - 1e-4):
         break
       found = again
     return self.whole(found.x)
