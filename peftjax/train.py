@@ -254,7 +254,10 @@ def _train(config, workdir, progress, cache, saved, stopped):
     for index in range(first, len(stages)):
       stage = stages[index]
       if index > first:
-        theta = stage.convert(distributed.whole(step_lib.theta_of(state)),
+        # What no step follows is made of the theta that is kept: the average.
+        found = (step_lib.best if stage.start == stage.end
+                 else step_lib.theta_of)(state)
+        theta = stage.convert(distributed.whole(found),
                               jax.random.fold_in(run.key, index), sites)
         state = step_lib.start(run, stage, theta, step)
         evaluate = evaluate_with(stage)

@@ -323,6 +323,18 @@ def test_phases_switch_theta_and_resume(tiny_weights, tmp_path, monkeypatch):
   assert_same(adapter(tmp_path / 'b'), adapter(tmp_path / 'a'))
 
 
+@pytest.mark.parametrize('ema, moves', [(0.0, True), (0.99999, False)])
+def test_a_last_phase_without_steps_is_made_of_the_average(
+    tiny_weights, tmp_path, ema, moves):
+  method = (dict(name='lowrank.selective_lora', rank=2, lam=0.0,
+                 sites=dict(path='mlp', leaf='kernel')), common.HEAD)
+  config = make_config(tiny_weights, f'steps=3,optim.ema={ema}', method)
+  train_lib.train(config, str(tmp_path), False)
+  theta = peftjax.load_adapter(str(tmp_path / 'adapter')).theta
+  b = max(np.abs(t['b']).max() for t in theta['selective_lora'].values())
+  assert (b > 1e-4) == moves  # B starts at 0, and so does the average
+
+
 # ----------------------------------------------------------- what is not finite
 def poison(batch):
   batch['image'][3, 2, 2, 0] = np.nan
