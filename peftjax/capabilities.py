@@ -133,19 +133,24 @@ def measure(name):
 
 
 def rows():
-  """{name: Capability} of all methods."""
-  return {name: measure(name) for name in method_lib.names()}
+  """A `Capability` of every method."""
+  return [measure(name) for name in method_lib.names()]
 
 
-def markdown(link=''):
+def line(row, link=''):
+  """The table's line of one `Capability`; `link` as of `markdown`."""
+  name, *rest = row.cells()
+  page = f'{link}{row.family}_{row.method}.md'
+  return f'| {" | ".join([f"[{name}]({page})", *rest])} |'
+
+
+def markdown(link='', of=None):
   """The table in Markdown.
 
   Args:
     link: Prefix of links to the methods' pages, such as 'docs/methods/'.
+    of: `Capability`s; None: those of all methods.
   """
-  lines = [COLUMNS, ['---'] * len(COLUMNS)]
-  for row in rows().values():
-    name, *rest = row.cells()
-    page = f'{link}{row.family}_{row.method}.md'
-    lines.append([f'[{name}]({page})', *rest])
-  return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+  head = [f'| {" | ".join(c)} |' for c in (COLUMNS, ['---'] * len(COLUMNS))]
+  return '\n'.join(head + [
+      line(row, link) for row in (rows() if of is None else of)])

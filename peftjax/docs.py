@@ -144,8 +144,8 @@ def page(name):
       f'Source: [{source}](../../{source})', ''])
 
 
-def index():
-  """The list of all pages."""
+def index(table):
+  """The list of all pages; `table` as of `capabilities.markdown`."""
   lines = []
   for name in method_lib.names():
     module = importlib.import_module(f'peftjax.methods.{name}')
@@ -154,14 +154,14 @@ def index():
   return '\n'.join([
       NOTE, '', '# Methods', '', *lines, '', '## What they can do', '',
       'Measured by `python -m peftjax.methods`, with default settings on the',
-      'shape of `vit_s`.', '', capabilities.markdown(), ''])
+      'shape of `vit_s`.', '', table, ''])
 
 
 def pages():
   """{file name: text} of everything that is generated."""
   texts = {f'{name.replace(".", "_")}.md': page(name)
            for name in method_lib.names()}
-  return {'README.md': index(), **texts}
+  return {'README.md': index(capabilities.markdown()), **texts}
 
 
 def main(argv):

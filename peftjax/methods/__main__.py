@@ -47,7 +47,7 @@ def main(argv):
     with open(README.value, 'w', encoding='utf-8') as f:
       f.write(text)
   table = rich.table.Table(*(c.replace('`', '') for c in capabilities.COLUMNS))
-  for row in capabilities.rows().values():
+  for row in capabilities.rows():
     table.add_row(*(cell.replace('`', '') for cell in row.cells()))
   console = rich.console.Console()
   if not console.is_terminal:  # a pipe has no width to wrap at
