@@ -4,7 +4,7 @@ A method that starts from data says what it wants to know of a site by a
 `Reducer`. `collect` runs the base on batches and puts it together:
 
   of 'inputs'     what the layer reads: rows x [n, d_in] and keep [n], which
-                  rows are no padding
+                  rows are no padding, and have a label if that is asked for
   of 'gradient'   the gradient of a batch's loss in the kernel, [d_in, d_out]
   of 'examples'   the same of every example of a batch, one after another
 
@@ -93,7 +93,7 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
   groups = [mine[i:i + size] for i in range(0, len(mine), size)]
   saved = _Saved(folder, dict(
       marks or {}, reducer=reducer.name, of=reducer.of, sites=mine,
-      at_once=at_once))
+      labelled=reducer.labelled, at_once=at_once))
   found = {}
   for i, paths in enumerate(groups):
     part = {p: chosen[p] for p in paths}

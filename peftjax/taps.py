@@ -88,7 +88,7 @@ def _over_inputs(model, task, reducer, chosen):
   tap = _tap(chosen, reducer.update)
 
   def step(state, params, batch, key):
-    args, kwargs, masks = _read(task, batch)
+    args, kwargs, masks = _read(task, batch, reducer.labelled)
     _, aux = apply(model, tap, params, {'tap': {
         p: _bits(s) for p, s in state.items()}}, *args, train=reducer.train,
                    rng=key, batch=masks, **kwargs)
@@ -97,10 +97,20 @@ def _over_inputs(model, task, reducer, chosen):
   return step
 
 
-def _read(task, batch):
+def _labelled(batch):
+  """Which tokens a loss is taken of, bool [B, T]; None where none has a label."""
+  if 'weights' in batch:  # of texts that are continued
+    return batch['weights'] > 0
+  if 'labels' in batch:  # tags
+    return batch['labels'] >= 0
+  return None
+
+
+def _read(task, batch, labelled=False):
   """(args, kwargs) of the model's call, and the masks of its tokens, bool.
 
-  Layers know a mask by its shape: an encoder-decoder's texts, where both have
+  With `labelled`, a mask leaves out tokens without a label of their own, where
+  others have one. Layers know a mask by its shape: an encoder-decoder's texts, where both have
   one length, get another token of padding.
   """
   targets = batch.get('targets_in')
@@ -109,6 +119,9 @@ def _read(task, batch):
                          for n in ('ids', 'mask')}}
   args, kwargs = task.inputs(batch)
   masks = [kwargs.get('mask')]
+  with_label = _labelled(batch) if labelled else None
+  if with_label is not None and masks[0] is not None:
+    masks[0] = masks[0].astype(bool) & with_label
   if targets is not None:
     masks.append(batch['target_weights'] > 0)
   return args, kwargs, [m.astype(bool) for m in masks if m is not None]

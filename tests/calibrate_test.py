@@ -303,6 +303,22 @@ def test_texts_of_a_pair_are_masked_as_the_model_is_called(text):
   assert got['join']['n'] == 2 * want
 
 
+@pytest.mark.parametrize('name, kind', [('weights', 'f4'), ('labels', 'i4')])
+def test_tokens_without_a_label_are_left_out_where_asked(text, name, kind):
+  """Weights of 0 in texts that are continued, negative tags; no other tasks."""
+  has = [np.arange(5) > [[0], [1], [4], [2]] for _ in text.batches]
+  batches = [{**b, name: (h if name == 'weights' else h * 2 - 1).astype(kind)}
+             for b, h in zip(text.batches, has)]
+  asked = moments()._replace(labelled=True)
+  got = text.collect(asked, batches=batches)
+  keep = [b['mask'] & h for b, h in zip(batches, has)]
+  assert got['qkv[0:8]']['n'] == sum(k.sum() for k in keep)
+  x = np.concatenate([text.params['table']['embedding'][b['ids'][k]]
+                      for b, k in zip(batches, keep)])
+  np.testing.assert_allclose(got['qkv[0:8]']['total'], x.T @ x, atol=1e-5)
+  same(text.collect(moments(), batches=batches), text.collect(asked))
+
+
 # -------------------------------------------------------- passes, broken off
 @pytest.mark.parametrize('reducer', [
     moments(), statistics.mean_gradient()], ids=lambda r: r.name)

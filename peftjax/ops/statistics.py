@@ -31,6 +31,8 @@ class Reducer(NamedTuple):
     done: `state -> bool`: whether further batches would change nothing; or
       None. Batches end when all layers are done.
     train: Whether the base runs as in training, with dropout.
+    labelled: Whether keep leaves out tokens that have no label, where others
+      have one: prompts of answers, pieces of words that are no first ones.
     name: Of the statistics and their settings; a collection that was broken off
       goes on only under the same one.
   """
@@ -41,6 +43,7 @@ class Reducer(NamedTuple):
   finish: Callable = lambda state: state
   done: Optional[Callable] = None
   train: bool = False
+  labelled: bool = False
   name: str = ''
 
 

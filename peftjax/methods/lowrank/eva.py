@@ -41,7 +41,8 @@ Where sources differ:
     layers have settled. Here there are as many as config.calibrate says.
   Settled. PEFT asks it of the components that win as of now, and leaves a
     settled layer out of further batches.
-  Rows. All tokens that are no padding; PEFT leaves out those without a label.
+  Rows. Tokens that have a label, as in PEFT, where tokens have labels; the
+    paper does not say. label_mask=False: all that are no padding.
   Equal shares, as of layers that read the same. The one that is called first
     wins; PEFT lets the layer whose components the others share win.
   Ranks of layers that read the same. PEFT gives all of them the candidates of
@@ -67,7 +68,8 @@ EXAMPLE = dict(rank=2, alpha=4.0)
 
 
 def eva(rank=8, alpha=1.0, rho=2.0, tau=0.99, whiten=False, scaling='lora',
-        rank_pattern=(), alpha_pattern=(), dropout=0.0, sites=readable):
+        label_mask=True, rank_pattern=(), alpha_pattern=(), dropout=0.0,
+        sites=readable):
   """EVA.
 
   Args:
@@ -81,6 +83,8 @@ def eva(rank=8, alpha=1.0, rho=2.0, tau=0.99, whiten=False, scaling='lora',
     whiten: Whether columns of A are divided by the roots of their singular
       values, which the authors found to help on images.
     scaling: 'lora' (alpha / r) or 'rslora' (alpha / sqrt(r)).
+    label_mask: Whether tokens without a label are left out, where others have
+      one, such as the prompts of answers.
     rank_pattern: Ordered (regex, rank) pairs on site paths, or a mapping; the
       first match wins, other sites take `rank`. At rank 0 there is no adapter.
     alpha_pattern: The same for alpha.
@@ -140,7 +144,8 @@ def eva(rank=8, alpha=1.0, rho=2.0, tau=0.99, whiten=False, scaling='lora',
   return base._replace(
       name='eva', init=init, check=check, fit=fit,
       calibration=statistics.components(
-          round(rho * max(ranks)), max(ranks), tau))
+          round(rho * max(ranks)), max(ranks), tau)._replace(
+              labelled=bool(label_mask)))
 
 
 def shares_of(stats, most, path):
