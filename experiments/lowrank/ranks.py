@@ -23,9 +23,8 @@ import numpy as np
 from experiments.lowrank import grid as grid_lib
 from experiments.lowrank import stories
 from experiments.lowrank.arms import RANKS
-from peftjax import bases
-from peftjax import models
 from peftjax.artifact import load_adapter
+from peftjax.fold import load_base
 from peftjax.sites import describe, kernels
 
 
@@ -48,8 +47,9 @@ def main(argv):
   out = {}
   for task in grid_lib.TASKS:
     adapter, = stories.adapters(_WORKDIR.value, task, 'auto_search').values()
-    base = bases.load(os.path.join(grid_lib.START, task), head='mean')
-    sites = describe(base.model, *models.example(base.model, base.config))
+    meta = load_adapter(adapter).meta
+    base, (args, kwargs), _ = load_base(adapter, meta, meta['base']['weights'])
+    sites = describe(base.model, *args, **kwargs)
     out[task] = found(adapter, [p for p, s in sites.items() if kernels(s)])
     values = np.array(list(out[task].values()))
     print(f'{task}: {values.sum()} ranks, {values.min()} to {values.max()}')

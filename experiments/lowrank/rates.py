@@ -5,7 +5,7 @@ r"""DeLoRA against the learning rate, beside LoRA and DoRA.
       --config=experiments/lowrank/rates.py \
       --record=experiments/lowrank/rates_cells.json
 
-mpqa as in grid.py, 150 steps, eight rates over 3.5 decades, three seeds, no
+mpqa as in grid.py, 100 steps, eight rates over 3.5 decades, three seeds, no
 search: an arm is a method at a rate. Cells that diverge are failures of the
 grid and count as a score of 0. `arms=delora` runs one method, `:runlocal` two
 steps of one rate.
@@ -36,7 +36,7 @@ def get_config(arg=None):
   small = given.pop('runlocal', False)
   grid.base.eval_every, grid.base.watch_split = 0, ''
   if 'steps' not in given:
-    grid.base.steps = 150
+    grid.base.steps = 100
   arms = {}
   for name in common.pick(chosen['arms'], METHODS, 'arms'):
     (_, change), = arms_lib.of(name, small)
