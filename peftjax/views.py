@@ -73,7 +73,7 @@ class View(NamedTuple):
       return value
     if self.span:
       whole = jnp.asarray(stored).transpose(self.perm).reshape(self.full)
-      value = whole.at[..., slice(*self.span)].set(value)
+      value = whole.at[..., slice(*self.span)].set(value.astype(whole.dtype))
     dims = tuple(self.shape[i] for i in self.perm)
     back = tuple(self.perm.index(i) for i in range(len(self.perm)))
     return value.reshape(dims).transpose(back)

@@ -46,6 +46,14 @@ def test_columns_of_a_fused_kernel():
   np.testing.assert_array_equal(bias.get(jnp.asarray(stored[0])), [2, 3, 4])
 
 
+@pytest.mark.filterwarnings('error')
+def test_columns_take_the_type_of_what_is_stored():
+  stored = jnp.zeros((3, 7), jnp.bfloat16)
+  view = views.matrix_view('kernel', stored)._replace(span=(2, 5))
+  new = view.put(stored, np.full((3, 3), 1 / 3, np.float32))
+  assert new.dtype == jnp.bfloat16 and (new[:, 2:5] == jnp.bfloat16(1 / 3)).all()
+
+
 def test_paths_with_columns():
   assert views.split_path('a/qkv[0:64]') == ('a/qkv', (0, 64))
   assert views.split_path('a/qkv') == ('a/qkv', None)
