@@ -12,6 +12,9 @@ the 95 % t interval over seeds:
              ends at, over the first's steps to the same loss; 0 where it is
              never reached. Shown above f, contradicted below 1
 
+Where the two arms of a part do not share all tasks, those that they share
+count, and the text says which.
+
 A claim with several parts is shown if every part is, contradicted if any part
 is, else not shown.
 """
@@ -51,6 +54,13 @@ def decide_part(part, rows):
     ValueError: rows that lack one of the arms, a seed of it, or the key.
   """
   rows = [r for r in rows if not part.tasks or r['task'] in part.tasks]
+  every = {r['task'] for r in rows}
+  both = set.intersection(*(
+      {r['task'] for r in rows if r['arm'] == a} for a in (part.arm, part.other)))
+  if both and both < every:  # the others are said
+    verdict, text = decide_part(
+        part, [r for r in rows if r['task'] in both])
+    return verdict, f'{text}, on {", ".join(sorted(both))} alone'
   key = 'curve' if part.rule == 'FASTER' else part.key
   for arm in (part.arm, part.other):
     mine = [r for r in rows if r['arm'] == arm]

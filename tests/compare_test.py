@@ -187,6 +187,18 @@ def test_of_losses_the_smaller_is_better():
   assert verdict('NI', 'a', 'b', 0.05, 'loss') == 'contradicted'
 
 
+def test_tasks_that_two_arms_do_not_share_are_left_out_and_said():
+  values = [0.60, 0.61, 0.62]
+  rows = _rows(a=values, b=[0.5, 0.5, 0.5])
+  rows += [dict(r, task='u') for r in _rows(a=values, c=[0.1, 0.1, 0.1])]
+  verdict, text = rules.decide_part(rules.Part('SUP', 'a', 'b'), rows)
+  assert verdict == 'shown' and text.endswith(', on t alone')
+  assert 'alone' not in rules.decide_part(
+      rules.Part('SUP', 'a', 'b', tasks=('t',)), rows)[1]
+  with pytest.raises(ValueError):
+    rules.decide_part(rules.Part('SUP', 'b', 'c'), rows)
+
+
 def test_speed_up_is_told_from_the_curves():
   slow = {'10': 1.0, '20': 0.8, '30': 0.6}
   assert rules.steps_to(slow, 0.7) == pytest.approx(25)

@@ -85,8 +85,12 @@ def main(argv):
   del argv
   rows = []
   for arm, rank in ARMS.items():
-    for seed, path in stories.adapters(
-        _WORKDIR.value, _TASK.value, arm).items():
+    try:
+      paths = stories.adapters(_WORKDIR.value, _TASK.value, arm)
+    except FileNotFoundError as e:  # the table has a line less
+      print(f'{arm} is left out: {e}')
+      continue
+    for seed, path in paths.items():
       with open(os.path.join(os.path.dirname(path), 'summary.json'),
                 encoding='utf-8') as f:
         score = json.load(f)['after']['accuracy']
