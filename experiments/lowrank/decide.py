@@ -95,11 +95,15 @@ _UNITS = dict(intruders='intruders a kernel', share='of the width')
 
 
 # ------------------------------------------------------------------------- rows
-def recorded(grid, *records):
-  """(rows, names of missing cells) of a grid, from its records alone."""
+def recorded(grid, name, folder=FOLDER):
+  """(rows, names of missing cells) of a grid, from its records alone.
+
+  They are the files in `folder` named <name>...cells.json.
+  """
   record = compare.Record(only=True)
-  for path in records:
-    record.cells |= compare.Record(path).cells
+  for file in sorted(os.listdir(folder)):
+    if file.startswith(name) and file.endswith('cells.json'):
+      record.cells |= compare.Record(os.path.join(folder, file)).cells
   with tempfile.TemporaryDirectory() as nowhere:
     return compare.run(grid, nowhere, lambda *_: None, record)
 
@@ -107,14 +111,11 @@ def recorded(grid, *records):
 def grid_rows(task, folder=FOLDER):
   """(rows, missing) of one task of the grid, with what is made of them.
 
-  adapter, file: what an arm trains, and stores, beside the head. area: mean validation loss of the
-  steps to 150; early: at step 50.
+  adapter, file: what an arm trains, and stores, beside the head. area: mean
+  validation loss of the steps to 150; early: at step 50.
   """
-  names = sorted(n for n in os.listdir(folder)
-                 if n.startswith(f'{task}_') and n.endswith('cells.json'))
   rows, missing = recorded(
-      grid_lib.get_config(f'task={task}'),
-      *(os.path.join(folder, n) for n in names))
+      grid_lib.get_config(f'task={task}'), task, folder)
   head = next((r['trained'] for r in rows if r['arm'] == 'head'), 0)
   for row in rows:
     row['adapter'] = row['trained'] - head
@@ -195,8 +196,7 @@ def all_lines(folder=FOLDER):
   lines = rules.table(GRID, rows)
   lines += rules.table(FORGET, stored('forget', folder))
   lines += rules.table(UPDATE, stored('updated_base', folder))
-  spread = recorded(rates_lib.get_config(),
-                    os.path.join(folder, 'rates_cells.json'))[0]
+  spread = recorded(rates_lib.get_config(), 'rates', folder)[0]
   found = stored('intruders', folder)
   for name, paper, (verdict, texts) in (
       ('DeLoRA takes a wider range of learning rates than LoRA',

@@ -129,8 +129,7 @@ def draw(source, folder):
   if rows:
     curves(rows, folder)
     report.pareto(rows, os.path.join(folder, 'size.png'))
-  spread = decide.recorded(rates_lib.get_config(), os.path.join(
-      source, 'rates_cells.json'))[0]
+  spread = decide.recorded(rates_lib.get_config(), 'rates', source)[0]
   for found, make in ((spread, rates), (decide.stored('forget', source), scatter),
                       (decide.stored('updated_base', source), versions),
                       (decide.stored('intruders', source), bars)):

@@ -15,6 +15,7 @@ from experiments import tables
 from experiments.lowrank import decide
 from experiments.lowrank import grid as grid_lib
 from experiments.lowrank import intruders
+from experiments.lowrank import times as times_lib
 from experiments.table import pivot
 from peftjax import report
 
@@ -31,12 +32,35 @@ def same_size(rows):
           if size and abs(r['adapter'] / size - 1) <= SAME]
 
 
-def compared(rows):
-  """The comparison as Markdown, best mean rank first; the head not counted."""
-  lines = pivot.pivot([
-      dict(r, trained=r['adapter'], stored=r['file']) for r in rows])
-  key = lambda line: float(line['mean rank'] or 'inf')
-  return report.markdown(sorted(lines, key=key))
+def gains(rows):
+  """{arm: mean over its tasks of its accuracy less that of LoRA, in points}."""
+  _, _, cells = pivot.means(rows)
+  mean = {k: np.mean([r['score'] for r in v]) for k, v in cells.items()}
+  out = {}
+  for (arm, task), score in mean.items():
+    out.setdefault(arm, []).append(
+        100 * (score - mean.get(('lora', task), np.nan)))
+  return {arm: float(np.mean(v)) for arm, v in out.items()}
+
+
+def compared(rows, times=()):
+  """The comparison as Markdown, the largest gain on LoRA first.
+
+  The head is not counted. Ranks are of the arms that ran on every task; s/step
+  are those of `times`, rows of times.py, where an arm has them there.
+  """
+  gain, lines = gains(rows), []
+  for line in pivot.pivot([
+      dict(r, trained=r['adapter'], stored=r['file']) for r in rows], times):
+    names = list(line)
+    at = names.index('mean rank')
+    lines.append({**{n: line[n] for n in names[:at]},
+                  'less LoRA': f'{gain[line[""]]:+.1f}',
+                  **{n: line[n] for n in names[at:]}})
+  if not any(line['mean rank'] for line in lines):
+    lines = [{k: v for k, v in line.items() if k != 'mean rank'}
+             for line in lines]
+  return report.markdown(sorted(lines, key=lambda line: -gain[line['']]))
 
 
 def forgotten(rows):
@@ -74,6 +98,7 @@ def main(argv):
   page = os.path.join('docs', 'lowrank.md')
   tables.fill(here, 'claims', report.markdown(decide.all_lines()))
   rows, missing = [], []
+  timed = decide.recorded(times_lib.get_config(), 'times')[0]
   for task in grid_lib.TASKS:
     found, lost = decide.grid_rows(task)
     rows, missing = rows + found, missing + lost
@@ -82,9 +107,9 @@ def main(argv):
   if rows:
     tables.fill(here, 'arms', report.markdown(report.table(rows)))
     tables.fill(page, 'budget', compared(
-        [r for r in rows if r['arm'] not in ASIDE]))
+        [r for r in rows if r['arm'] not in ASIDE], timed))
   if same_size(rows):
-    tables.fill(page, 'size', compared(same_size(rows)))
+    tables.fill(page, 'size', compared(same_size(rows), timed))
   for name, make in (('forget', forgotten), ('updated_base', updated)):
     found = decide.stored(name)
     if found:

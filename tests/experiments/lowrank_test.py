@@ -17,6 +17,7 @@ from experiments.lowrank import pages
 from experiments.lowrank import ranks
 from experiments.lowrank import rates
 from experiments.lowrank import stories
+from experiments.lowrank import times
 from experiments.lowrank import updated_base
 from peftjax import compare
 from peftjax import config as config_lib
@@ -25,7 +26,8 @@ from peftjax import method as method_lib
 QUIET = lambda *_: None
 
 
-@pytest.mark.parametrize('module', [grid, rates, forget, updated_base, ranks])
+@pytest.mark.parametrize('module', [
+    grid, rates, forget, updated_base, ranks, times])
 def test_every_cell_is_a_config(module):
   made = module.get_config()
   assert made.seeds in ((0, 1, 2), (0,)) and made.base.optim.warmup == 0.06
@@ -88,13 +90,13 @@ def local(tmp_path_factory):
 
 
 def test_grid_runs_locally_and_is_read_from_its_record(local):
-  _, file, rows, made = local
+  work, _, rows, made = local
   assert [r['arm'] for r in rows] == ['head', 'lora']
   assert set(rows[0]['curve']) == {'1', '2'}
-  again, missing = decide.recorded(made, file)
+  again, missing = decide.recorded(made, '', work)
   assert again == rows and not missing
   made = grid.get_config('runlocal,arms=dora')
-  assert decide.recorded(made, file) == ([], ['single-dora-s0'])
+  assert decide.recorded(made, '', work) == ([], ['single-dora-s0'])
 
 
 def test_kernels_that_did_not_change_in_rank(local):
