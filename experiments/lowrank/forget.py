@@ -72,11 +72,10 @@ def grid(arg, arms, task):
 def measure(workdir, samples):
   """Rows of forget.json."""
   rows, own = [], stories.samples(samples)
-  for arm in ARMS:
-    for seed, path in stories.adapters(workdir, 'e2e', arm).items():
-      rows.append(dict(arm=arm, task='e2e', seed=seed, **stories.losses(path),
-                       keep=stories.kept(path, own)))
-      print(rows[-1])
+  for arm, seed, path in stories.finished(workdir, 'e2e', ARMS):
+    rows.append(dict(arm=arm, task='e2e', seed=seed, **stories.losses(path),
+                     keep=stories.kept(path, own)))
+    print(rows[-1])
   return rows
 
 

@@ -84,18 +84,13 @@ def measure(adapter, rank):
 def main(argv):
   del argv
   rows = []
-  for arm, rank in ARMS.items():
-    try:
-      paths = stories.adapters(_WORKDIR.value, _TASK.value, arm)
-    except FileNotFoundError as e:  # the table has a line less
-      print(f'{arm} is left out: {e}')
-      continue
-    for seed, path in paths.items():
-      with open(os.path.join(os.path.dirname(path), 'summary.json'),
-                encoding='utf-8') as f:
-        score = json.load(f)['after']['accuracy']
-      rows.append(dict(arm=arm, task=_TASK.value, seed=seed, score=score,
-                       **measure(path, rank)))
+  for arm, seed, path in stories.finished(
+      _WORKDIR.value, _TASK.value, ARMS):
+    with open(os.path.join(os.path.dirname(path), 'summary.json'),
+              encoding='utf-8') as f:
+      score = json.load(f)['after']['accuracy']
+    rows.append(dict(arm=arm, task=_TASK.value, seed=seed, score=score,
+                     **measure(path, ARMS[arm])))
   with open(_OUT.value, 'w', encoding='utf-8') as f:
     json.dump(rows, f, indent=1)
     f.write('\n')

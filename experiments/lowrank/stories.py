@@ -87,6 +87,19 @@ def adapters(workdir, task, arm):
   return out
 
 
+def finished(workdir, task, arms):
+  """[(arm, seed, folder of the adapter)]; arms that did not run are printed."""
+  out = []
+  for arm in arms:
+    try:
+      found = adapters(workdir, task, arm)
+    except FileNotFoundError as e:
+      print(f'{arm} is left out: {e}')
+      continue
+    out += [(arm, seed, path) for seed, path in found.items()]
+  return out
+
+
 def opened(adapter, weights=None):
   """(case of the adapter's test part, sites, methods, theta).
 

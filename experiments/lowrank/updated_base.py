@@ -43,14 +43,12 @@ def get_config(arg=None):
 def measure(workdir, updated):
   """Rows of updated_base.json: losses on version 1 and on version 2."""
   rows = []
-  for arm in ARMS:
-    for seed, path in stories.adapters(workdir, 'e2e', arm).items():
-      new = stories.losses(path, updated)
-      row = dict(arm=arm, task='e2e', seed=seed, **new)
-      if arm != 'lora_v2':
-        row |= {f'{k}_v1': v for k, v in stories.losses(path).items()}
-      rows.append(row)
-      print(row)
+  for arm, seed, path in stories.finished(workdir, 'e2e', ARMS):
+    row = dict(arm=arm, task='e2e', seed=seed, **stories.losses(path, updated))
+    if arm != 'lora_v2':
+      row |= {f'{k}_v1': v for k, v in stories.losses(path).items()}
+    rows.append(row)
+    print(row)
   return rows
 
 
