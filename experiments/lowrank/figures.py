@@ -66,7 +66,7 @@ def rates(rows, folder):
       ax.fill_between(rate, 100 * low, 100 * high, alpha=0.15,
                       color=line.get_color())
   ax.set(xscale='log', xlabel='learning rate', ylabel='accuracy %',
-         title='mpqa, 100 steps')
+         title='mpqa, 75 steps')
   ax.grid(alpha=0.3)
   ax.legend(fontsize=8)
   _save(fig, folder, 'rates')

@@ -5,7 +5,7 @@ r"""DeLoRA against the learning rate, beside LoRA and DoRA.
       --config=experiments/lowrank/rates.py \
       --record=experiments/lowrank/rates_cells.json
 
-mpqa as in grid.py, 100 steps, six rates over 2.5 decades, three seeds, no
+mpqa as in grid.py, 75 steps, six rates over 2.5 decades, three seeds, no
 search: an arm is a method at a rate. Below them the head, which has a rate of
 its own, learns alone and comes within two points of all. Cells that diverge are
 failures of the grid and count as a score of 0. `arms=delora` runs one method,
@@ -37,7 +37,7 @@ def get_config(arg=None):
   small = given.pop('runlocal', False)
   grid.base.eval_every, grid.base.watch_split = 0, ''
   if 'steps' not in given:
-    grid.base.steps = 100
+    grid.base.steps = 75
   arms = {}
   for name in common.pick(chosen['arms'], METHODS, 'arms'):
     (_, change), = arms_lib.of(name, small)

@@ -56,6 +56,7 @@ def base():
   c.steps, c.batch, c.eval_batch = 200, 8, 50
   c.optim.schedule, c.optim.warmup = 'linear', 0.06
   c.eval_before = False
+  c.eval_split = 'validation'  # the test part is read by `losses`, at the end
   c.checkpoint_every = 0
   return c
 
