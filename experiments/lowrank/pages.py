@@ -2,11 +2,11 @@
 
   python -m experiments.lowrank.pages
 
-Reads what is recorded in this folder alone; cells that are missing are named,
-and their lines left out.
+Reads what is recorded in this folder alone; arms that did not run are named.
 """
 
 import os
+import textwrap
 
 from absl import app
 import numpy as np
@@ -63,6 +63,17 @@ def compared(rows, times=()):
   return report.markdown(sorted(lines, key=lambda line: -gain[line['']]))
 
 
+def absent(missing):
+  """Which arms did not run on which task, as a sentence; '' for none."""
+  lost = {}
+  for cell in missing:
+    task, arm, _ = cell.split('-')
+    lost.setdefault(task, {})[arm] = None
+  lines = [f'{task} without {", ".join(f"`{a}`" for a in arms)}'
+           for task, arms in lost.items()]
+  return textwrap.fill(f'Not run: {"; ".join(lines)}.', 80) if lines else ''
+
+
 def forgotten(rows):
   """A line an arm: what was learnt and what was kept."""
   lines = []
@@ -102,8 +113,7 @@ def main(argv):
   for task in grid_lib.TASKS:
     found, lost = decide.grid_rows(task)
     rows, missing = rows + found, missing + lost
-  if missing:
-    print(f'not recorded: {", ".join(missing)}')
+  tables.fill(page, 'missing', absent(missing))
   if rows:
     tables.fill(here, 'arms', report.markdown(report.table(rows)))
     tables.fill(page, 'budget', compared(

@@ -204,6 +204,9 @@ def test_pages():
   assert {r['arm'] for r in pages.same_size(rows)} == {'lora', 'lora_xs_r96'}
   assert pages.same_size(rows[1:]) == []
   assert '| 1,020 |' in pages.compared(rows)
+  assert pages.absent([]) == ''
+  assert pages.absent(['mpqa-dora-search', 'mpqa-vera-s1', 'mpqa-vera-s2']) == (
+      'Not run: mpqa without `dora`, `vera`.')
   rows = [dict(arm='a', seed=s, bits=1., keep=.1, bits_v1=.9)
           for s in range(2)]
   assert '0.1000 ± 0.0000' in pages.forgotten(rows)
