@@ -98,7 +98,7 @@ def _over_inputs(model, task, reducer, chosen):
 
 
 def _labelled(batch):
-  """Which tokens a loss is taken of, bool [B, T]; None where none has a label."""
+  """Which tokens a loss is taken of, bool [B, T]; None where none has one."""
   if 'weights' in batch:  # of texts that are continued
     return batch['weights'] > 0
   if 'labels' in batch:  # tags
@@ -110,8 +110,8 @@ def _read(task, batch, labelled=False):
   """(args, kwargs) of the model's call, and the masks of its tokens, bool.
 
   With `labelled`, a mask leaves out tokens without a label of their own, where
-  others have one. Layers know a mask by its shape: an encoder-decoder's texts, where both have
-  one length, get another token of padding.
+  others have one. Layers know a mask by its shape: an encoder-decoder's texts,
+  where both have one length, get another token of padding.
   """
   targets = batch.get('targets_in')
   if targets is not None and targets.shape == batch['ids'].shape:

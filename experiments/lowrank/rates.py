@@ -42,7 +42,7 @@ def get_config(arg=None):
   for name in common.pick(chosen['arms'], METHODS, 'arms'):
     (_, change), = arms_lib.of(name, small)
     arms |= {arm(name, rate): {**change, 'optim.lr': rate}
-             for rate in (RATES[3:4] if small else RATES)}
+             for rate in (RATES[1:2] if small else RATES)}
   grid.arms, grid.search = tuple(arms.items()), None
   return grid
 

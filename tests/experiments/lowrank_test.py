@@ -117,7 +117,7 @@ def test_rates_run_locally(tmp_path):
 
 
 def test_forgetting_locally(tmp_path):
-  made = forget.get_config('runlocal,arms=lora,model.scan=True')
+  made = forget.get_config('runlocal,arms=lora,model.scan=True,eval_split=test')
   rows, failures = compare.run(made, str(tmp_path), QUIET)
   assert not failures
   samples = str(tmp_path / 'samples')
@@ -148,7 +148,7 @@ def _rates(**best):
 
 
 def test_width_of_rates():
-  rows = _rates(lora=(3, 4), dora=(3, 4), delora=(2, 6))
+  rows = _rates(lora=(3, 4), dora=(3, 4), delora=(1, 5))
   assert rates.widths(rows, 'delora') == {s: 2.5 for s in range(3)}
   verdict, texts = decide.robust(rows)
   assert verdict == 'shown' and 'lora 1.00' in texts[0]
