@@ -17,8 +17,9 @@ if _FLAG not in os.environ.get('XLA_FLAGS', ''):
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _cache())
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-if 'PYTEST_XDIST_WORKER' in os.environ:  # BLAS threads of all would get in each
-  for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'):  # other's way
+if 'PYTEST_XDIST_WORKER' in os.environ:
+  # The BLAS threads of several workers wait for each other.
+  for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'):
     os.environ.setdefault(name, '1')
 
 # pylint: disable=wrong-import-position

@@ -57,9 +57,6 @@ def compared(rows, times=()):
     lines.append({**{n: line[n] for n in names[:at]},
                   'less LoRA': f'{gain[line[""]]:+.1f}',
                   **{n: line[n] for n in names[at:]}})
-  if not any(line['mean rank'] for line in lines):
-    lines = [{k: v for k, v in line.items() if k != 'mean rank'}
-             for line in lines]
   return report.markdown(sorted(lines, key=lambda line: -gain[line['']]))
 
 

@@ -6,10 +6,9 @@ r"""DeLoRA against the learning rate, beside LoRA and DoRA.
       --record=experiments/lowrank/rates_cells.json
 
 mpqa as in grid.py, 75 steps, six rates over 2.5 decades, three seeds, no
-search: an arm is a method at a rate. Below them the head, which has a rate of
-its own, learns alone and comes within two points of all. Cells that diverge are
-failures of the grid and count as a score of 0. `arms=delora` runs one method,
-`:runlocal` two steps of one rate.
+search: an arm is a method at a rate. Cells that diverge are failures of the grid
+and count as a score of 0. `arms=delora` runs one method, `:runlocal` two steps
+of one rate.
 """
 
 import os

@@ -107,6 +107,8 @@ def test_kernels_that_did_not_change_in_rank(local):
   assert found['intruders'] == 0 and found['moved'] < 0.1
   with pytest.raises(FileNotFoundError, match='single-boft-s'):
     stories.adapters(work, 'single', 'boft')
+  assert [(a, s) for a, s, _ in stories.finished(
+      work, 'single', ('boft', 'lora'))] == [('lora', 0)]
 
 
 def test_rates_run_locally(tmp_path):

@@ -197,6 +197,13 @@ def test_bad_arguments(case, calibrated, kwargs, message):
     calibrated(load(c, **{'rank': 2, **kwargs}), c, BATCHES)
 
 
+@pytest.mark.parametrize('label_mask', [True, False])
+def test_label_mask_is_handed_to_the_reducer(case, label_mask):
+  assert load(case('mlp'), label_mask=label_mask).calibration.labelled == (
+      label_mask)
+  assert load(case('mlp')).calibration.labelled  # as in PEFT
+
+
 def test_batches_of_too_few_rows(case, calibrated):
   c = case('mlp')
   with pytest.raises(ValueError, match='no batch of at least 6 rows.*'
