@@ -16,6 +16,7 @@ from peftjax.interop.peft import reading
 from peftjax.interop.peft import source as source_lib
 from peftjax.interop.peft import writing
 from peftjax.interop.peft.types import vera
+from peftjax.tasks import lm
 import pytest
 import safetensors.numpy
 
@@ -438,6 +439,51 @@ def test_eva_of_peft(family, kit, tmp_path):
   assert len({t['a'].shape[1] for t in theta['lora'].values()}) > 1
   np.testing.assert_allclose(here(kit, fam, source, methods, theta), want,
                              atol=1e-5)
+
+
+@pytest.mark.parametrize('label_mask', [True, False])
+def test_eva_sees_the_tokens_that_peft_sees(
+    family, kit, tmp_path, monkeypatch, label_mask):
+  """Answers alone where prompts have no label, padding never."""
+  from peft.tuners.lora import eva as theirs
+
+  fam = family('llama')
+  model = kit.adapted(fam, peft.LoraConfig(
+      r=3, target_modules=['q_proj', 'down_proj'], init_lora_weights='eva',
+      eva_config=peft.EvaConfig(rho=1., use_label_mask=label_mask)))
+  model.peft_config['default'].eva_config.tau = -1.  # settled after two batches
+  pca = theirs.IncrementalPCA  # exact instead of randomised
+  monkeypatch.setattr(theirs, 'IncrementalPCA', lambda lowrank, **kwargs: pca(
+      lowrank=False, n_components=kwargs['n_components']))
+  first = {n: v.numpy() for n, v in kit.inputs('llama').items()}
+  other = first['input_ids'][::-1, ::-1] % 17 + 3
+  batches = []
+  for ids, prompt in ((first['input_ids'], [[3], [1], [2]]),
+                      (other, [[0], [4], [1]])):
+    answer = np.arange(ids.shape[1]) >= prompt
+    batches.append(dict(ids=np.int32(ids), mask=first['attention_mask'] > 0,
+                        weights=np.float32(answer)))
+  rows = [dict(
+      input_ids=torch.tensor(b['ids']).long(),
+      attention_mask=torch.tensor(b['mask']).long(),
+      labels=torch.tensor(np.where(b['weights'] > 0, b['ids'], -100)).long())
+          for b in batches]
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    peft.initialize_lora_eva_weights(model, rows, show_progress_bar=False)
+  source, _, theta = kit.imported(fam, model, tmp_path)
+  method = peftjax.load(
+      'lowrank.eva', rank=3, rho=1., tau=1., label_mask=label_mask,
+      sites=peftjax.select(path=tuple(f'^{p}$' for p in theta['lora'])))
+  task = peftjax.tasks.base.Task('lm', 'loss', lm.inputs, lm.loss, None, None)
+  found = calibrate.collect(
+      source.base.model, source.base.params, source.sites, task,
+      lambda: iter(batches), method.calibration, method)
+  start = peftjax.init(method, jax.random.key(0), source.sites,
+                       source.base.params, dict(eva=found))['eva']
+  assert len(start) == 4 == len(theta['lora'])
+  for path, t in theta['lora'].items():
+    np.testing.assert_allclose(start[path]['a'], t['a'], atol=5e-5)
 
 
 # ------------------------------------------------------------------- refused
