@@ -210,8 +210,10 @@ def nist(predictions, references, n=5):
   words = lambda text: cut(text).split()
   refs = [[words(r) for r in rs]
           for rs in _texts(predictions, references, 'nist')]
-  counts = sum((_ngrams(r, n) for rs in refs for r in rs),
-               collections.Counter())
+  counts = collections.Counter()
+  for rs in refs:
+    for r in rs:
+      counts.update(_ngrams(r, n))
   total = sum(len(r) for rs in refs for r in rs)
   gain, said = [0.0] * n, [0] * n
   length = mean = 0.0
