@@ -7,9 +7,11 @@ along as they are, and so do norms and modules that are trained whole, as
 modules_to_save.
 """
 
+import copy
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peftjax import trees
@@ -46,16 +48,21 @@ def export_lora(adapter_dir, out, rank, base=None, head='keep',
   source, adapter, parts = open_adapter(
       adapter_dir, base, keep_head=head, transformers=transformers)
   methods, theta, _ = adapter
-  folded = jax.jit(lambda p, t: fold(methods, p, t, source.sites))(
-      source.base.params, theta)
+  # In the base's own bfloat16 most of the change would be rounded away.
+  wide = jax.tree.map(
+      lambda v: np.asarray(v, np.float32)
+      if jnp.issubdtype(v.dtype, jnp.floating) else v, source.base.params)
+  folded = jax.jit(lambda p, t: fold(methods, p, t, source.sites))(wide, theta)
   if source.names.scan:
     folded = trees.unstack(folded)
   new, report = split(source, trees.flatten(folded), parts, rank)
-  config, tensors, left = convert(new, source, base)
+  names = copy.copy(source.names)
+  names.scan = False  # the patterns of `new` are of the unrolled model
+  config, tensors, left = convert(new, source._replace(names=names), base)
   files.write(out, config, tensors, {
       'peftjax.methods': json.dumps([p.spec['name'] for p in parts]),
       'peftjax.residual': repr(report['residual']),
-      'peftjax.fingerprint': source.fingerprint})
+      **source.metadata})
   return dict(out=str(out), **report, left_out=left)
 
 

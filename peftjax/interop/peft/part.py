@@ -24,6 +24,11 @@ class Part(NamedTuple):
     return {**{k: p.default for k, p in known.items()}, **self.spec}
 
 
+def grouped(module, site):
+  """Whether it is a convolution in groups, whose factors in PEFT are others."""
+  return module.kind == 'conv' and site.x.shape[-1] != module.shape[-2]
+
+
 def sites_of(paths):
   """Keywords of `select` for exactly these paths."""
   return dict(path='^(' + '|'.join(map(re.escape, sorted(paths))) + ')$')

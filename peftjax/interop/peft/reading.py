@@ -5,6 +5,7 @@ first: biases `selective.bitfit`, token rows `selective.trainable_tokens`, then
 the adapter, then whole modules (a head) `selective.full`.
 """
 
+import functools
 import re
 
 import jax
@@ -14,7 +15,7 @@ from peftjax import theta as theta_lib
 from peftjax.artifact import save_adapter
 from peftjax.interop.peft import files
 from peftjax.interop.peft.names import scanned
-from peftjax.interop.peft.part import array, matched, Part, sites_of
+from peftjax.interop.peft.part import array, at, matched, Part, sites_of
 from peftjax.interop.peft.source import open_base
 from peftjax.interop.peft.types import trainable_tokens
 from peftjax.method import as_methods, load, nearest, SHARED
@@ -51,10 +52,14 @@ def convert_adapter(peft_dir, out, base=None, head='auto', scan=False):
   if head == 'auto':
     head = _HEADS.get(config.get('task_type'), 'own')
   classes = _classes(rest) if head in ('classify', 'tag', 'own') else None
-  source = open_base(weights, head, classes, scan)
+  # A base in bfloat16 has another fingerprint than the same in float32.
+  dtype = metadata.get('peftjax.param_dtype', 'float32')
+  opened = functools.partial(
+      open_base, weights, head, classes, scan, param_dtype=dtype)
+  source = opened()
   if any(source.names.path(n).path.endswith('attn/qkv') for n in modules
          if n in source.names.modules):
-    source = open_base(weights, head, classes, scan, fused='whole')
+    source = opened(fused='whole')
     fused = 'whole'
   else:
     fused = 'split'
@@ -67,7 +72,7 @@ def convert_adapter(peft_dir, out, base=None, head='auto', scan=False):
   parts = parts_of(config, kind, modules, rest, source)
   methods, theta = build(parts, source)
   save_adapter(out, methods, theta, source.sites, source.base.params, base=dict(
-      weights=str(weights), scan=scan, fused=fused,
+      weights=str(weights), scan=scan, fused=fused, param_dtype=dtype,
       head=getattr(source.base.model, 'head', None), classes=classes))
   trained, _ = theta_lib.partition(methods, theta)
   return dict(methods=[dict(p.spec) for p in parts], out=str(out),
@@ -123,19 +128,19 @@ def parts_of(config, kind, modules, rest, source):
     if table:  # saved again as the decoder of an adapted table
       _check_copy(name, value, source.flat[f'{table.path}/embedding'])
       continue
-    at = names.path(inner)
-    leaf = {theirs: ours for ours, theirs in at.leaves}.get(last)
+    owner = names.path(inner)
+    leaf = {theirs: ours for ours, theirs in owner.leaves}.get(last)
     if leaf is None:
       raise ValueError(f'{name}: {inner} has no parameter {last!r} in '
                        f'{names.architecture}'
-                       f'{nearest(last, [t for _, t in at.leaves])}')
-    have = source.flat[f'{at.path}/{leaf}']
-    value = array(names.ours(at, leaf, value, have.shape))
+                       f'{nearest(last, [t for _, t in owner.leaves])}')
+    have = source.flat[f'{owner.path}/{leaf}']
+    value = array(names.ours(owner, leaf, value, have.shape))
     if any(_below(inner, e) for e in entries):
-      whole.setdefault(at.path, {})[leaf] = value
+      whole.setdefault(owner.path, {})[leaf] = value
     elif last == 'bias' and config.get('bias', 'none') != 'none':
-      biases[at.path] = {leaf: value}
-    elif at.kind == 'embedding':  # PEFT saves an adapted table whole
+      biases[owner.path] = {leaf: value}
+    elif owner.kind == 'embedding':  # PEFT saves an adapted table whole
       _check_copy(name, value, have)
     else:
       raise ValueError(
@@ -228,6 +233,16 @@ def _stacked(part, names):
       raise ValueError(
           f'{path!r}: the layers differ in {sorted(found)[:2]} and cannot be '
           'stacked; take the base as it is, without scan')
+  for key in ('rank_pattern', 'alpha_pattern'):
+    said = {}
+    for path in part.theta:
+      said.setdefault(scanned(path), set()).add(
+          at(part.spec.get(key, ()), path, None))
+    for path, found in said.items():
+      if len(found) > 1:
+        raise ValueError(
+            f'{path!r}: the layers differ in {key} and cannot be stacked; take '
+            'the base as it is, without scan')
   return part._replace(spec=rename(dict(part.spec)),
                        theta=names.restack(part.theta))
 

@@ -26,6 +26,17 @@ class Source(NamedTuple):
   names: Names
 
   @property
+  def param_dtype(self):
+    """Name of the type of its parameters, which have one."""
+    return str(next(iter(self.flat.values())).dtype)
+
+  @property
+  def metadata(self):
+    """What an adapter's file says of its base, beside its name."""
+    return {'peftjax.fingerprint': self.fingerprint,
+            'peftjax.param_dtype': self.param_dtype}
+
+  @property
   def fingerprint(self):
     """Of the unrolled parameters: one for both forms of a base."""
     if not self.names.scan:

@@ -48,7 +48,7 @@ def export_adapter(adapter_dir, out, base=None, head='keep', transformers=5):
   config, tensors, left = convert(parts, source, base)
   files.write(out, config, tensors, {
       'peftjax.methods': json.dumps([p.spec['name'] for p in parts]),
-      'peftjax.fingerprint': source.fingerprint})
+      **source.metadata})
   return dict(peft_type=config['peft_type'], out=str(out), left_out=left,
               methods=[p.spec['name'] for p in parts], tensors=len(tensors))
 

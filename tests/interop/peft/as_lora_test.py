@@ -5,6 +5,7 @@ import numpy as np
 import peftjax
 from peftjax.artifact import save_adapter
 from peftjax.interop.peft import as_lora
+from peftjax.interop.peft import reading
 from peftjax.interop.peft import source as source_lib
 from peftjax import trees
 import pytest
@@ -13,8 +14,9 @@ torch = pytest.importorskip('torch')
 peft = pytest.importorskip('peft')
 
 
-def saved(tmp_path, folder, methods, scale=0.2):
-  source = source_lib.open_base(folder)
+def saved(tmp_path, folder, methods, scale=0.2, **options):
+  """Options are of `open_base`, such as scan."""
+  source = source_lib.open_base(folder, **options)
   theta = peftjax.init(methods, jax.random.key(0), source.sites,
                        source.base.params)
   keys = iter(jax.random.split(jax.random.key(1), 200))
@@ -23,7 +25,8 @@ def saved(tmp_path, folder, methods, scale=0.2):
       next(keys), v.shape), trained)
   theta = peftjax.combine(trained, frozen)
   save_adapter(tmp_path / 'a', methods, theta, source.sites, source.base.params,
-               base=dict(weights=folder, head=source.base.model.head))
+               base=dict(weights=folder, head=source.base.model.head,
+                         **options))
   return source, theta
 
 
@@ -52,6 +55,38 @@ def test_full_rank_loses_nothing(family, kit, tmp_path, name):
   there = kit.torch_output(kit.reopened(fam, tmp_path / 'b'), name)
   np.testing.assert_allclose(kit.real(name, there.detach().numpy()),
                              kit.real(name, ours), atol=1e-5)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_layers_of_unlike_ranks(family, kit, tmp_path, scan):
+  fam = family('llama')
+  methods = (peftjax.load('lowrank.lora', rank=2, alpha=6., rank_pattern=(
+      ('query', 4),)),)
+  source, theta = saved(tmp_path, fam.folder, methods, scan=scan)
+  report = as_lora.export_lora(tmp_path / 'a', tmp_path / 'b', 16)
+  assert {s['rank'] for s in report['sites'].values()} == {2, 4}
+  ours = np.asarray(kit.our_output(source, methods, source.base.params, theta))
+  there = kit.torch_output(kit.reopened(fam, tmp_path / 'b'), 'llama')
+  np.testing.assert_allclose(kit.real('llama', there.detach().numpy()),
+                             kit.real('llama', ours), atol=1e-5)
+
+
+def test_a_base_in_bfloat16(family, tmp_path):
+  """The change is that of float32, and the adapter finds its base again."""
+  fam = family('llama')
+  methods = (peftjax.load('lowrank.lora', rank=2, alpha=2., sites=dict(
+      roles='qv')),)
+  _, theta = saved(tmp_path, fam.folder, methods, scale=0.01,
+                   param_dtype='bfloat16')
+  report = as_lora.export_lora(tmp_path / 'a', tmp_path / 'b', 8)
+  assert {s['rank'] for s in report['sites'].values()} == {2}
+  reading.convert_adapter(tmp_path / 'b', tmp_path / 'c', fam.folder)
+  source, back, _ = source_lib.open_adapter(tmp_path / 'c')
+  assert source.param_dtype == 'bfloat16'
+  for path, t in theta['lora'].items():
+    got = back.theta['lora'][path]
+    np.testing.assert_allclose(got['a'] @ got['b'], t['a'] @ t['b'],
+                               atol=1e-7)
 
 
 def test_the_loss_is_what_it_says(family, kit, tmp_path):

@@ -498,6 +498,10 @@ WONT = [
     ('gpt2', dict(name='lowrank.vera', rank=2),
      'takes the first columns of B here'),
     ('resnet', dict(name='lowrank.vera', rank=2), "kind is 'conv', and VeRA"),
+    ('convnext', dict(name='lowrank.lora', rank=2, sites=dict(
+        path='depthwise')), 'a convolution in groups, whose factors in PEFT'),
+    ('convnext', dict(name='lowrank.adalora', rank=2, target=1, sites=dict(
+        path='depthwise')), 'a convolution in groups, of which AdaLoRA'),
     ('bert', dict(name='lowrank.adalora', rank=2, target=1,
                   sites=dict(path='word_embed')),
      "kind is 'embedding', and AdaLoRA in PEFT is of linear"),

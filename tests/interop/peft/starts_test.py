@@ -41,18 +41,35 @@ def test_written_against_the_original_base(family, kit, tmp_path, name):
                                kit.real('llama', ours), atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['pissa', 'olora'])
-def test_read_from_peft(family, kit, tmp_path, name):
-  fam = family('llama')
+@pytest.mark.parametrize('name, base, targets', [
+    ('pissa', 'llama', ['q_proj', 'down_proj']),
+    ('olora', 'llama', ['q_proj', 'down_proj']),
+    ('pissa', 'gpt2', ['attn.c_proj', 'c_fc'])])
+def test_read_from_peft(family, kit, tmp_path, name, base, targets):
+  fam = family(base)
   model = kit.adapted(fam, peft.LoraConfig(
-      r=3, lora_alpha=6, init_lora_weights=name,
-      target_modules=['q_proj', 'down_proj']))
+      r=3, lora_alpha=6, init_lora_weights=name, target_modules=targets,
+      fan_in_fan_out=base == 'gpt2'))
   source, methods, theta = kit.imported(fam, model, tmp_path)
   assert methods[0].spec['name'] == f'lowrank.{name}'
-  want = kit.torch_output(model, 'llama').detach().numpy()
+  want = kit.torch_output(model, base).detach().numpy()
   got = np.asarray(kit.our_output(source, methods, source.base.params, theta))
-  np.testing.assert_allclose(kit.real('llama', got), kit.real('llama', want),
+  np.testing.assert_allclose(kit.real(base, got), kit.real(base, want),
                              atol=1e-5)
+
+
+@pytest.mark.parametrize('name, base, target, kind', [
+    ('pissa', 'llama', 'embed_tokens', 'embedding'),
+    ('olora', 'gpt2', 'attn.c_proj', 'conv1d')])
+def test_not_read_where_peft_leaves_the_base_or_turns_it(
+    family, kit, tmp_path, name, base, target, kind):
+  fam = family(base)
+  model = kit.adapted(fam, peft.LoraConfig(
+      r=3, init_lora_weights=name, target_modules=[target],
+      fan_in_fan_out=base == 'gpt2'))
+  with pytest.raises(ValueError, match=f'{name} of a module of kind {kind!r}'):
+    kit.imported(fam, model, tmp_path)
+  assert not (tmp_path / 'ours').exists()
 
 
 def _rounded(weight):

@@ -1,6 +1,7 @@
 """The wrong conventions that are easy to take, each shown to be wrong."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -186,6 +187,64 @@ def test_names_of_both_generations_of_transformers(family, kit, tmp_path):
   back = source_lib.open_adapter(tmp_path / 'back')[1].theta
   for p, t in theta['lora'].items():
     np.testing.assert_array_equal(t['a'], back['lora'][p]['a'])
+
+
+def test_patterns_have_the_names_of_the_tensors(family, kit, tmp_path):
+  fam = family('vit')
+  model = kit.adapted(fam, peft.LoraConfig(
+      r=2, target_modules=['q_proj', 'v_proj', 'fc1'], rank_pattern=dict(fc1=3),
+      alpha_pattern=dict(q_proj=12)))
+  source, methods, theta = kit.imported(fam, model, tmp_path)
+  kit.export_adapter(tmp_path / 'ours', tmp_path / 'old', transformers=4)
+  config, tensors = files(tmp_path / 'old')
+  assert sorted(config['alpha_pattern']) == [
+      f'vit.encoder.layer.{i}.attention.attention.query' for i in (0, 1)]
+  for name in (*config['alpha_pattern'], *config['rank_pattern']):
+    assert f'base_model.model.{name}.lora_A.weight' in tensors
+  reading.convert_adapter(tmp_path / 'old', tmp_path / 'back', fam.folder)
+  _, back, _ = source_lib.open_adapter(tmp_path / 'back')
+  np.testing.assert_array_equal(
+      output(kit, source, methods, theta),
+      output(kit, source, back.methods, back.theta))
+
+
+def test_layers_of_unlike_alphas_are_not_stacked(family, kit, tmp_path):
+  fam = family('llama')
+  model = kit.adapted(fam, peft.LoraConfig(
+      r=2, target_modules=['q_proj'],
+      alpha_pattern={'layers.0.self_attn.q_proj': 16}))
+  kit.imported(fam, model, tmp_path)
+  with pytest.raises(ValueError, match='differ in alpha_pattern'):
+    reading.convert_adapter(tmp_path / 'theirs', tmp_path / 'stacked',
+                            fam.folder, scan=True)
+  assert not (tmp_path / 'stacked').exists()
+
+
+def test_equal_scales_may_differ_by_rounding(family, kit, tmp_path):
+  """What EVA's alphas give at the ranks it shares out, in one fused kernel."""
+  fam = family('gpt2')
+  source = source_lib.open_base(fam.folder)
+  parts = [p for p in source.sites if p.startswith('block_0/attn/qkv[')]
+  ranks = dict(zip(parts, (2, 7, 6)))
+  exactly = lambda values: tuple(
+      (f'^{re.escape(p)}$', v) for p, v in values.items())
+  alphas = {p: 8 / 6 ** 0.5 * r ** 0.5 for p, r in ranks.items()}
+  assert len({alphas[p] / r ** 0.5 for p, r in ranks.items()}) > 1
+  method = peftjax.load(
+      'lowrank.lora', rank=6, scaling='rslora', rank_pattern=exactly(ranks),
+      alpha_pattern=exactly(alphas), sites=dict(path=tuple(
+          f'^{re.escape(p)}$' for p in parts)))
+  theta = peftjax.init(method, jax.random.key(0), source.sites,
+                       source.base.params)
+  theta = jax.tree.map(lambda v: v + 0.1 * jax.random.normal(
+      jax.random.key(1), v.shape), theta)
+  save_adapter(tmp_path / 'a', (method,), theta, source.sites,
+               source.base.params, base=dict(weights=fam.folder, head='lm'))
+  kit.export_adapter(tmp_path / 'a', tmp_path / 'b')
+  there = kit.torch_output(kit.reopened(fam, tmp_path / 'b'), 'gpt2')
+  np.testing.assert_allclose(
+      kit.real('gpt2', there.detach().numpy()),
+      kit.real('gpt2', output(kit, source, (method,), theta)), atol=1e-5)
 
 
 def test_a_mixture_keeps_its_router(family, kit, tmp_path):

@@ -18,7 +18,8 @@ run: they are written for a run of 1000 steps.
 
 import numpy as np
 
-from peftjax.interop.peft.part import array, one, Part, plain, sites_of
+from peftjax.interop.peft.part import array, grouped, one, Part, plain
+from peftjax.interop.peft.part import sites_of
 from peftjax.interop.peft.names import scanned
 from peftjax.interop.peft.types import lora
 
@@ -33,13 +34,17 @@ STEPS = 1000
 KINDS = ('linear', 'conv1d', 'conv')
 
 
-def _check(module, kernel):
-  if module.kind not in KINDS or len(kernel) != 2:
-    what = module.kind if len(kernel) == 2 else 'grouped convolution'
+def _check(module, site):
+  if module.kind not in KINDS:
     raise ValueError(
-        f'{module.name}: its kind is {what!r}, and AdaLoRA in PEFT is of '
+        f'{module.name}: its kind is {module.kind!r}, and AdaLoRA in PEFT is of '
         f"{', '.join(KINDS)}; leave it out of the sites, or write it with "
         "format 'lora' and its rank, which loses nothing")
+  if grouped(module, site):
+    raise ValueError(
+        f'{module.name} is a convolution in groups, of which AdaLoRA in PEFT '
+        'has no form; leave it out of the sites, or write the folded model '
+        "(format 'merged')")
 
 
 def write(part, names, sites):
@@ -47,7 +52,7 @@ def write(part, names, sites):
   given, groups, values = part.settings, {}, {}
   for path, t in part.theta.items():
     module, span = names.module(path)
-    _check(module, sites[path].params['kernel'].shape)
+    _check(module, sites[path])
     a, b, e = t['a'], t['b'], t['e']
     if 'mask' in t:
       keep = t['mask'] | (e != 0)
@@ -101,8 +106,8 @@ def read(config, modules, names, sites):
   theta, ranks = {}, {}
   for name, t in modules.items():
     module = names.path(name)
+    _check(module, sites[module.path])
     kernel = sites[module.path].params['kernel'].shape
-    _check(module, kernel)
     t, told = dict(t), t.get('ranknum', np.float32(r))
     t.pop('ranknum', None)
     if set(t) != set(TENSORS):

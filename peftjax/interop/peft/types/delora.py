@@ -50,7 +50,8 @@ def write(part, names, sites):
   return dict(
       r=r, delora_lambda=plain(given['strength']), init_weights=True,
       module_dropout=given['dropout'], lambda_pattern={},
-      rank_pattern={n: v for n, v in ranks.items() if v != r}), modules
+      rank_pattern={names.written(n): v for n, v in ranks.items()
+                    if v != r}), modules
 
 
 def read(config, modules, names, sites):

@@ -26,8 +26,8 @@ says `true`, and is a plain LoRA on that base.
 import numpy as np
 
 from peftjax.interop.peft import factors
-from peftjax.interop.peft.part import array, commonest, matched, one, Part
-from peftjax.interop.peft.part import plain, sites_of
+from peftjax.interop.peft.part import array, commonest, grouped, matched
+from peftjax.interop.peft.part import one, Part, plain, sites_of
 from peftjax.method import nearest
 
 METHODS = tuple(factors.FORMS)
@@ -42,6 +42,9 @@ _STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')
 # Starts that PEFT makes again from the base when it loads the adapter.
 _REMADE = {'pissa': 'lowrank.pissa', 'olora': 'lowrank.olora',
            'loftq': 'quantised.loftq'}
+# Kinds of modules whose base PEFT changes as is done here, where not 'linear'
+# alone: it leaves tables as they are, and OLoRA takes conv1d's kernel as it lies.
+_CHANGED = {'pissa': ('linear', 'conv1d')}
 
 
 def write(part, names, sites):
@@ -50,11 +53,12 @@ def write(part, names, sites):
   root, kasa = factors.rank_root(given), part.spec['name'] == 'lowrank.kasa'
   groups, said = {}, {}
   for path, f in factors.of(part, names).items():
-    if len(sites[path].params['kernel'].shape) != 2:
-      raise ValueError(
-          f'{path!r}: a kernel of {list(sites[path].params["kernel"].shape)} '
-          'has no matrix form (a grouped convolution); PEFT\'s differs')
     module, span = names.module(path)
+    if grouped(module, sites[path]):
+      raise ValueError(
+          f'{path!r} is a convolution in groups, whose factors in PEFT are '
+          'others; leave it out of the sites, or write the folded model '
+          "(format 'merged')")
     if kasa and (module.kind != 'linear' or span is not None):
       raise ValueError(
           f"{path!r}: PEFT's KaSA is of whole linear layers, and "
@@ -66,8 +70,9 @@ def write(part, names, sites):
         (path, span, f.scale, f.a, f.b, part.theta[path].get('m')))
   modules, ranks, alphas = {}, {}, {}
   for module, found in groups.items():
-    scale = one({path: s for path, _, s, *_ in found},
-                f'the scale within {module.name}')
+    one({path: float(f'{s:.7g}') for path, _, s, *_ in found},
+        f'the scale within {module.name}')  # equal but for rounding
+    scale = found[0][2]
     a, b, m = joined(module, found, sites)
     modules[module.name] = _tensors(module, a, b, m)
     if kasa:
@@ -89,8 +94,9 @@ def write(part, names, sites):
       use_rslora=given.get('scaling') == 'rslora',
       use_dora=part.spec['name'] == 'lowrank.dora',
       fan_in_fan_out=any(m.kind == 'conv1d' for m in groups),
-      rank_pattern={n: v for n, v in ranks.items() if v != r},
-      alpha_pattern={n: plain(v) for n, v in alphas.items() if v != alpha},
+      rank_pattern={names.written(n): v for n, v in ranks.items() if v != r},
+      alpha_pattern={names.written(n): plain(v) for n, v in alphas.items()
+                     if v != alpha},
       init_lora_weights=True)
   if kasa:
     config['kasa_config'] = dict(beta=given['beta'], gamma=given['gamma'])
@@ -154,8 +160,8 @@ def read(config, modules, names, sites):
   start = config['init_lora_weights']
   if start not in _STARTS and start not in _REMADE:
     raise ValueError(
-        f'init_lora_weights is {start!r}: this start changed the base by its '
-        'data, and the adapter alone does not say how; save it from PEFT with '
+        f'init_lora_weights is {start!r}: expected a start that leaves the base '
+        'as it is, or that can be made again from it; save it from PEFT with '
         'path_initial_model_for_weight_conversion, which writes a plain LoRA'
         f'{nearest(str(start), [*map(str, _STARTS), *_REMADE])}')
   dora, kasa = config['use_dora'], config['kasa_config']
@@ -173,10 +179,12 @@ def read(config, modules, names, sites):
     if name in ties:
       continue  # what its table's adapter says again
     module = names.path(name)
-    if (more or kasa) and module.kind != 'linear':
+    changed = 'kasa' if kasa else start if start in _REMADE else ''
+    kinds = _CHANGED.get(changed, ('linear',))
+    if changed and module.kind not in kinds:
       raise ValueError(
-          f'{name}: {"KaSA" if kasa else "LoftQ"} of a module of kind '
-          f"{module.kind!r}, expected 'linear'; PEFT's of it is another")
+          f'{name}: {changed} of a module of kind {module.kind!r}, expected '
+          f'{" or ".join(map(repr, kinds))}; PEFT\'s of it is another')
     want = ('lora_embedding_A', 'lora_embedding_B') if (
         module.kind == 'embedding') else ('lora_A.weight', 'lora_B.weight')
     want += ('lora_magnitude_vector',) if dora else ()
