@@ -127,6 +127,9 @@ def fold(methods, params, theta, sites, *, train=False, rng=None):
   for name, m in named.items():
     must_fold(name, m)
   flat = dict(trees.flatten(params))
+  # An accelerator's shorter products are for steps of training alone.
+  exact = (contextlib.nullcontext() if train
+           else jax.default_matmul_precision('highest'))
   for name, m in named.items():
     common = theta[name].get(SHARED, {})
     for path, t in theta[name].items():
@@ -145,6 +148,7 @@ def fold(methods, params, theta, sites, *, train=False, rng=None):
         ctx = Context(site.path, site, train=train, rng=k)
         return fold_site(m, site.leaves, own, {**common, **t}, ctx)
 
-      new = over_stack(one, site.stack)(own_leaves(site, flat), t, keys)
+      with exact:
+        new = over_stack(one, site.stack)(own_leaves(site, flat), t, keys)
       flat.update({f'{base}/{n}' if base else n: v for n, v in new.items()})
   return trees.refill(params, flat)
