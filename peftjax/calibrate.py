@@ -20,7 +20,6 @@ training, gradients are those after a first step of AdamW on such a head.
 import itertools
 import json
 import os
-import types
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ from peftjax.ops import statistics
 from peftjax.ops.statistics import Reducer
 
 KINDS = ('inputs', 'gradient', 'examples')
-FILE = 'calibration.safetensors'
+FILE = 'calibration.{}.safetensors'  # of a group of layers
 HEAD_STEP = 1e-3  # learning rate that new heads take a first step with
 WHOLE = -1  # in the place of the number of a last batch
 NO_BATCHES = 'calibration: there are no batches'
@@ -69,7 +68,7 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
       collected on others is not gone on with.
 
   Returns:
-    {path: stats}, with the axes of `site.stack` first.
+    {path: stats} on the host, with the axes of `site.stack` first.
 
   Raises:
     ValueError: sites that cannot be calibrated, no batches, a file of another
@@ -91,15 +90,15 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
   mine = sorted(set(owner.values()))
   size = at_once or len(mine)
   groups = [mine[i:i + size] for i in range(0, len(mine), size)]
-  saved = _Saved(folder, dict(
-      marks or {}, reducer=reducer.name, of=reducer.of, sites=mine,
-      labelled=reducer.labelled, at_once=at_once))
+  about = dict(marks or {}, reducer=reducer.name, of=reducer.of, sites=mine,
+               labelled=reducer.labelled, at_once=at_once)
   found = {}
   for i, paths in enumerate(groups):
     part = {p: chosen[p] for p in paths}
     state = _reduce(model, params, task, batches, reducer, part, key,
-                    saved.of_group(i, every))
-    stats = {p: over_stack(reducer.finish, part[p].stack)(s)
+                    _Saved(folder, i, about), every)
+    # On the host, one by one: together they may be as large as the base.
+    stats = {p: jax.device_get(over_stack(reducer.finish, part[p].stack)(s))
              for p, s in state.items()}
     _refuse(stats, lambda v: ~np.isfinite(v))
     found |= stats
@@ -110,7 +109,7 @@ def collect(model, params, sites, task, batches, reducer, method, at_once=0,
   return {p: found[owner[p]] for p in chosen}
 
 
-def _reduce(model, params, task, batches, reducer, part, key, saved):
+def _reduce(model, params, task, batches, reducer, part, key, saved, every):
   """{path: state} of a group of layers after all batches."""
   state = taps.empty(reducer, part)
   for p, s in state.items():
@@ -130,10 +129,10 @@ def _reduce(model, params, task, batches, reducer, part, key, saved):
     if reducer.done and all(np.all(over_stack(reducer.done, part[p].stack)(s))
                             for p, s in state.items()):
       break
-    saved.put(state, count)
+    saved.put(state, count, every)
   if not count:
     raise ValueError(NO_BATCHES)
-  saved.put(state, WHOLE)
+  saved.put(state, WHOLE, every)
   return state
 
 
@@ -175,64 +174,52 @@ def _check(chosen, of):
 
 
 class _Saved:
-  """States on disk, one file; each group of layers at its last batch.
+  """States of one group of layers on disk; nothing with NaN is written."""
 
-  Nothing with NaN is written.
-  """
+  def __init__(self, folder, group, about):
+    self.path = os.path.join(folder, FILE.format(group)) if folder else ''
+    self.about = json.loads(json.dumps(about))
 
-  def __init__(self, folder, about):
-    self.path = os.path.join(folder, FILE) if folder else ''
-    self.about, self.arrays, self.done = about, {}, {}
+  def get(self, like):
+    """(state, number of its last batch); WHOLE: there are no more."""
     if not self.path or not os.path.exists(self.path):
-      return
+      return like, 0
     try:
       with safetensors.safe_open(self.path, 'numpy') as f:
         meta = json.loads(f.metadata()['about'])
-        self.done = {int(k): v for k, v in meta.pop('done').items()}
-        self.arrays = {n: f.get_tensor(n) for n in f.keys()}
+        done = int(meta.pop('done'))
+        arrays = {n: f.get_tensor(n) for n in f.keys()}
     except (safetensors.SafetensorError, AttributeError, KeyError, TypeError,
             ValueError) as e:
       raise ValueError(f'{self.path} is damaged: {e}; delete it, and it is '
                        'collected anew') from e
-    for k, v in json.loads(json.dumps(about)).items():
+    for k, v in self.about.items():
       if meta.get(k) != v:
         raise ValueError(
             f'{self.path} was collected with {k}={meta.get(k)!r}, expected '
             f'{v!r}; delete it, or choose another folder')
+    out = {p: {n: jnp.asarray(arrays.get(f'{p}:{n}', ())) for n in s}
+           for p, s in like.items()}
+    for p, s in like.items():
+      for n, v in s.items():
+        if out[p][n].shape != v.shape:
+          raise ValueError(
+              f'{self.path} has {n!r} of {p!r} in the shape '
+              f'{out[p][n].shape}, expected {v.shape}; delete it')
+    return out, done
 
-  def of_group(self, group, every):
-    """What a group of layers reads and, every so many batches, writes."""
-    name = lambda p, n: f'{group}:{p}:{n}'
-
-    def get(like):
-      """(state, number of its last batch); WHOLE: there are no more."""
-      if group not in self.done:
-        return like, 0
-      out = {p: {n: jnp.asarray(self.arrays.get(name(p, n), ()))
-                 for n in s} for p, s in like.items()}
-      for p, s in like.items():
-        for n, v in s.items():
-          if out[p][n].shape != v.shape:
-            raise ValueError(
-                f'{self.path} has {n!r} of {p!r} in the shape '
-                f'{out[p][n].shape}, expected {v.shape}; delete it')
-      return out, self.done[group]
-
-    def put(state, done):
-      if not self.path or done != WHOLE and done % every:
-        return
-      state = jax.device_get(state)
-      _refuse(state)
-      self.arrays |= {
-          name(p, n): v for p, s in state.items() for n, v in s.items()}
-      self.done[group] = done
-      os.makedirs(os.path.dirname(self.path), exist_ok=True)
-      safetensors.numpy.save_file(
-          self.arrays, f'{self.path}.part',
-          dict(about=json.dumps({**self.about, 'done': self.done})))
-      os.replace(f'{self.path}.part', self.path)
-
-    return types.SimpleNamespace(get=get, put=put)
+  def put(self, state, done, every):
+    """Writes what there is, every so many batches and at the end."""
+    if not self.path or done != WHOLE and done % every:
+      return
+    state = jax.device_get(state)
+    _refuse(state)
+    os.makedirs(os.path.dirname(self.path), exist_ok=True)
+    safetensors.numpy.save_file(
+        {f'{p}:{n}': v for p, s in state.items() for n, v in s.items()},
+        f'{self.path}.part',
+        dict(about=json.dumps({**self.about, 'done': done})))
+    os.replace(f'{self.path}.part', self.path)
 
 
 # ---------------------------------------------------------- methods of a run
@@ -257,8 +244,10 @@ def of_run(methods, config, case, params, sites, fingerprint, folder='',
   starting = [n for n, m in named.items() if m.calibration]
   if not starting:
     return methods, {}
-  if config.start:  # what the adapter there started from is in its theta
-    return methods, stand_in(methods, sites)
+  if config.start:  # what it started from is in its theta: shapes will do
+    shapes = jax.eval_shape(lambda: stand_in(methods, sites))
+    return methods, jax.tree.map(
+        lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)
   if jax.process_count() > 1:
     raise ValueError(
         f'{", ".join(starting)}: several processes cannot calibrate; train for '
@@ -277,7 +266,10 @@ def of_run(methods, config, case, params, sites, fingerprint, folder='',
                            read=lambda *a, **k: case.base).arrays['train']
   full = config_lib.to_json(config)
   marks = {k: full[k] for k in (
-      'calibrate', 'data', 'task', 'batch', 'seed', 'dtype')}
+      'calibrate', 'data', 'task', 'loss', 'batch', 'seed', 'dtype')}
+  smoothing = config.loss.label_smoothing or None  # as in a step of training
+  task = case.task._replace(
+      loss=lambda out, batch, _: case.task.loss(out, batch, smoothing))
 
   def batches():
     found, _ = case_lib.batches(own, arrays)
@@ -285,7 +277,7 @@ def of_run(methods, config, case, params, sites, fingerprint, folder='',
 
   def found(params, reducer, method, name):
     return collect(
-        case.base.model, params, sites, case.task, batches, reducer, method,
+        case.base.model, params, sites, task, batches, reducer, method,
         said.at_once, key,
         os.path.join(folder, 'calibration', name) if folder else '',
         marks=dict(marks, base=fingerprint))

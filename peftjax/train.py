@@ -238,6 +238,7 @@ def _train(config, workdir, progress, cache, saved, stopped):
         run, stages[0], first_theta(run, stages[0], base), 0)
     evaluate = evaluate_with(stages[0])
     before = evaluate(state) if config.eval_before else None
+  run = run._replace(stats={})  # theta has been made of them
   step = int(state['step'])
   finished = _finished(workdir, step == config.steps)
   if finished:

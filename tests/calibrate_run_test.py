@@ -108,7 +108,31 @@ def test_an_adapter_to_start_from_needs_no_calibration(
   config = make_config(tiny_weights, 'steps=1,lr=0')
   config.start, config.optim.groups.head.lr_abs = whole['adapter'], 0.0
   monkeypatch.setattr(calibrate, 'collect', None)
+  run, _, _ = train_lib.prepare(config)
+  for v in jax.tree.leaves(run.stats):  # shapes alone: one number each
+    assert isinstance(v, np.ndarray) and not any(v.strides)
   same(theta_of(train_lib.train(config, str(tmp_path), False)), theta_of(whole))
+
+
+def test_gradients_are_those_of_the_loss_that_is_trained_on(
+    tiny_weights, monkeypatch):
+  collect, tasks = calibrate.collect, []
+
+  def seen(model, params, sites, task, *args, **kwargs):
+    tasks.append(task)
+    return collect(model, params, sites, task, *args, **kwargs)
+
+  monkeypatch.setattr(calibrate, 'collect', seen)
+  config = make_config(tiny_weights, loss=dict(label_smoothing=0.3))
+  _, _, case = train_lib.prepare(config)
+  logits = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+  batch = dict(label=np.arange(4))
+  assert len(tasks) == 2  # for the head, and for the method
+  for task in tasks:
+    got, _ = task.loss(logits, batch, None)
+    for smoothing in (0.3, None):
+      want, _ = case.task.loss(logits, batch, smoothing)
+      assert np.allclose(got, want, rtol=1e-6) == bool(smoothing)
 
 
 def test_two_devices_start_from_the_same_theta(tiny_weights):

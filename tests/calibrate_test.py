@@ -319,6 +319,34 @@ def test_tokens_without_a_label_are_left_out_where_asked(text, name, kind):
   same(text.collect(moments(), batches=batches), text.collect(asked))
 
 
+@pytest.mark.parametrize('name', ['pissa', 'olora', 'corda', 'lora_ga'])
+def test_stacked_layers_start_as_the_same_layers_unrolled(name):
+  found = {}
+  for scan in (False, True):
+    model, x, y = models.model_for('layers', scan, False)
+    sites, params = models.base_of('layers', scan)
+    method = peftjax.load(f'lowrank.{name}', rank=2, sites=calibrate.readable)
+    stats = None
+    if method.calibration:
+      stats = {name: calibrate.collect(
+          model, params, sites, ROWS, lambda x=x, y=y: iter([dict(x=x, y=y)]),
+          method.calibration, method)}
+      assert all(isinstance(v, np.ndarray) for v in jax.tree.leaves(stats))
+    found[scan] = peftjax.init(
+        method, jax.random.key(0), sites, params, stats)[name]
+  stacked = [p for p in found[True] if p.startswith('blocks')]
+  assert stacked
+  for path in stacked:
+    t = found[True][path]
+    got = [a @ b for a, b in zip(t['a'], t['b'])]
+    assert np.abs(got[0] - got[1]).max() > 1e-2
+    for i, product in enumerate(got):
+      one = found[False][path.replace('blocks', f'block_{i}')]
+      want = one['a'] @ one['b']
+      np.testing.assert_allclose(
+          product, want, atol=1e-3 * np.abs(want).max(), err_msg=path)
+
+
 # -------------------------------------------------------- passes, broken off
 @pytest.mark.parametrize('reducer', [
     moments(), statistics.mean_gradient()], ids=lambda r: r.name)
@@ -377,7 +405,7 @@ def test_what_is_broken_off_goes_on(text, tmp_path, steps, reducer, at_once):
 
 
 def test_damaged_and_foreign_files_are_refused(text, tmp_path):
-  path = tmp_path / calibrate.FILE
+  path = tmp_path / calibrate.FILE.format(0)
   collect = lambda: text.collect(moments(), folder=str(tmp_path))
   collect()
   good = path.read_bytes()
@@ -391,7 +419,7 @@ def test_damaged_and_foreign_files_are_refused(text, tmp_path):
     with pytest.raises(ValueError, match='is damaged.*delete it'):
       collect()
   arrays = safetensors.numpy.load(good)
-  arrays['0:join:total'] = arrays['0:join:total'][:-1]
+  arrays['join:total'] = arrays['join:total'][:-1]
   safetensors.numpy.save_file(arrays, path, meta)
   with pytest.raises(ValueError, match=r"'total' of 'join' .* shape \(7, 8"):
     collect()

@@ -24,6 +24,12 @@ def qr(w):
 
 
 @jax.custom_batching.sequential_vmap
+def triangle(w):
+  """r of `qr`, without q."""
+  return jnp.linalg.qr(w, mode='r')
+
+
+@jax.custom_batching.sequential_vmap
 def inverse(w):
   """Of a square matrix."""
   return jnp.linalg.inv(w)

@@ -12,6 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from peftjax.method import nearest
+from peftjax.ops import linalg
 from peftjax.ops import svd
 
 # Matrices with more rows and more columns are decomposed by `svd.randomised`.
@@ -28,8 +29,8 @@ class Reducer(NamedTuple):
     update: `(state, value, keep) -> state`. value is x [n, d_in] or a gradient
       [d_in, d_out]; keep is bool [n], of gradients None.
     finish: `state -> stats`, what `Method.init` gets; a mapping of arrays.
-    done: `state -> bool`: whether further batches would change nothing; or
-      None. Batches end when all layers are done.
+    done: `state -> bool`: whether no further batches are needed; or None.
+      Batches end when all layers are done.
     train: Whether the base runs as in training, with dropout.
     labelled: Whether keep leaves out tokens that have no label, where others
       have one: prompts of answers, pieces of words that are no first ones.
@@ -172,7 +173,7 @@ def _left(w, rank):
   """The first left singular vectors and values of w: ([d, rank], [rank])."""
   if min(w.shape) <= WHOLE:
     if w.shape[0] < w.shape[1]:  # the same left side with fewer columns
-      w = jnp.linalg.qr(w.T, mode='r').T
+      w = linalg.triangle(w.T).T
     return svd.split(w, rank)[:2]
   return svd.randomised(w, rank, oversample=rank, iterations=4,
                         key=jax.random.key(42))[:2]

@@ -27,7 +27,8 @@ def test_inverse():
       atol=1e-4)
 
 
-@pytest.mark.parametrize('fn', (linalg.svd, linalg.qr, linalg.inverse))
+@pytest.mark.parametrize('fn', (
+    linalg.svd, linalg.qr, linalg.triangle, linalg.inverse))
 def test_lapack_gets_one_matrix_at_a_time(fn):
   text = twice(fn).lower(W).as_text()
   calls = [line for line in text.splitlines() if 'lapack' in line]
