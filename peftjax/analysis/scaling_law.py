@@ -120,12 +120,16 @@ def fit(points, joint=None, form='multiplicative'):
 
   Raises:
     ValueError: an unknown form or factor, points that are no positive numbers,
-      or fewer points than the constants of a step.
+      fewer points than the constants of a step, or one x alone of a factor.
   """
   if form not in FORMS:
     raise ValueError(f'unknown form {form!r}{nearest(form, FORMS)}')
   points = _checked(points)
   joint = _joint(points, joint)
+  for name, (x, *_) in points.items():
+    if len(set(x)) < 2:
+      raise ValueError(f'{name}: all points have x={x[0]:g}; expected two values '
+                       'at least, or any alpha fits')
   problem = _Problem({n: points[n] for n in joint}, form == 'additive')
   problem.check_count(joint)
   shared = problem.best(problem.starts())

@@ -180,6 +180,8 @@ P = dict(model=([1e9, 2e9], [1e3, 2e3], [2., 3.]))
     (lambda: lib.fit(P), '2 points of model for 4 constants'),
     (lambda: lib.fit(P, form='additiv'), "unknown form 'additiv'.*'additive'"),
     (lambda: lib.fit(P, joint=('modle',)), "unknown factor 'modle'.*'model'"),
+    (lambda: lib.fit(dict(P, trained=([4.], [1e4], [2.]))),
+     'trained: all points have x=4; expected two values'),
     (lambda: lib.fit(dict(rank=P['model'])), r"joint: expected.*\['rank'\]"),
     (lambda: lib.fit(dict(model=([1, 2], [1, 2], [1]))), 'of one length'),
     (lambda: lib.fit(dict(model=([1, 0], [1, 2], [1, 2]))), 'x holds .0'),

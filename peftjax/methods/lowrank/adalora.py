@@ -15,7 +15,8 @@ gradient g, has
   U <- beta2 U + (1 - beta2) |I - S|
 
 and a triplet the score S U of e_j, plus the means of S U over A_j and over B_j.
-In step t of T, counted from 1, with t0 = tinit T and t1 = T - tfinal T, the
+In step t of T, counted from 1 within a stage of the run (a phase of another
+method starts the budget anew), with t0 = tinit T and t1 = T - tfinal T, the
 triplets of all n kernels together have the budget
 
   b(t) = bT + (b0 - bT) (1 - (t - t0) / (t1 - t0))^3    b0 = n r0, bT = n target
@@ -29,7 +30,8 @@ step. S, U and the mask are data of theta and change within the compiled step
 When the run ends, the triplets that are masked are taken out (phase 'compact'):
 what is stored is A, e, B of the ranks that were found, of stacked layers those
 of the largest, filled up with zeros, and s as it was. The folded kernels are
-the same but for rounding. A site of rank 0 is left out.
+the same but for rounding, and of an average (optim.ema) what was masked is taken
+out too. A site of rank 0 is left out.
 
 Init: A, B ~ N(0, 0.02^2) and e = 0, exactly the base model.
 
@@ -164,7 +166,7 @@ def compact(theta, key, sites):
   del key, sites
   out = {}
   for path, t in theta.items():
-    keep = t['mask'] | (t['e'] != 0)  # [..., r]
+    keep = t['mask']  # [..., r]; an average of e is not 0 where it is False
     most = int(keep.sum(-1).max())
     if not most:
       continue

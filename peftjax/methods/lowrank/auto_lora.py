@@ -31,10 +31,11 @@ from where it was: a phase changes its own method alone.
 Count: r (d_in + d_out + 1) a kernel in the search, then r_i (d_in + d_out).
 
 Where sources differ:
-  The rule. The released code compares l_j / sum l with 1 / r. By default ranks
-    whose shares are equal but for rounding are kept.
+  The rule. One of the released scripts compares l_j / sum l with 1 / r, the
+    other p_j. By default ranks whose shares are equal but for rounding are kept.
+  The scale. The released code retrains with alpha / r_i, of a site's own rank.
   The head. In the released code it stays as it was drawn while it searches.
-  xi. The released code leaves it out of the second term, as if it were 1, and
+  The step xi. The released code leaves it out of the second term, as if it were 1, and
     takes the differences around weights that have moved. The default is the
     paper's learning rate.
   Learning rates. The paper has 3e-4 for the weights and for l; so l has that of

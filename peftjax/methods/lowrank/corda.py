@@ -35,8 +35,10 @@ Where sources differ:
   The mean. The authors' code divides by 256 whatever was seen. In both, a call
     is one sequence of 2048 tokens: config.calibrate.batch=1.
   The base. Both train beside K - s A0 B0 in the place of K.
-  Scale. Theirs is s = 1, as by default here; PEFT's is alpha / r. The authors'
-    rank for 7B models is 128.
+  Scale. Theirs is s = 1, as with rank and alpha by default here; PEFT's is
+    alpha / r. The authors' rank for 7B models is 128, whose alpha is 128 too.
+  Experts of a mixture. All of them read all tokens here (`models.moe`), and so
+    do their statistics; hooks of PEFT meet the tokens an expert is chosen for.
 """
 
 import functools
@@ -63,7 +65,8 @@ def corda(rank=8, alpha=8.0, mode='ipm', scaling='lora', rank_pattern=(),
 
   Args:
     rank: r, at least 1 and at most the smaller side of the kernel.
-    alpha: Numerator of the scale, any positive number.
+    alpha: Numerator of the scale, any positive number; that of the rank gives
+      the authors' s = 1.
     mode: 'ipm', the largest components, or 'kpm', the smallest.
     scaling: 'lora' (alpha / r) or 'rslora' (alpha / sqrt(r)).
     rank_pattern: Ordered (regex, rank) pairs on site paths, or a mapping; the

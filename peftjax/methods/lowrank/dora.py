@@ -82,7 +82,7 @@ def dora(rank=8, alpha=16.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
     h, y = dropped(x, dropout, ctx), f(x)
     xk = y if h is x else f(h)
     if 'bias' in ctx.params:
-      xk -= ctx.params['bias'].astype(y.dtype)
+      xk = xk - ctx.params['bias'].astype(y.dtype)
     return y + t['change'] * xk + products.thin(ctx.dot(h, t['a']), t['b'])
 
   def count(site):

@@ -1,5 +1,7 @@
-"""EVA: LoRA that starts at the principal components of what layers read, which
-also say how the ranks are shared out among layers.
+"""EVA: LoRA that starts at the principal components of a layer's inputs.
+
+How much of the variance they carry says how the ranks are shared out among
+layers.
 
 Source: "One Initialization to Rule them All: Fine-tuning via Explained Variance
 Adaptation" (arXiv 2410.07170).
@@ -29,8 +31,9 @@ statistics that were collected by hand. Adapters keep the ranks in their
 
 Init: exactly the base model, as B = 0. The principal components are found
 batch by batch (`statistics.components`), and batches end early where all layers
-have settled: the first r directions change by a cosine of at least tau. Layers
-that read the same share their components.
+have settled: the first r directions, r being the largest that was asked for,
+change by a cosine of at least tau. Layers that read the same share their
+components.
 
 Count: r (d_in + d_out) a kernel, r being its rank after sharing out; of stacked
 layers the largest of theirs.
@@ -42,7 +45,9 @@ Where sources differ:
   Settled. PEFT asks it of the components that win as of now, and leaves a
     settled layer out of further batches.
   Rows. Tokens that have a label, as in PEFT, where tokens have labels; the
-    paper does not say. label_mask=False: all that are no padding.
+    paper does not say. The first token of a text, which nothing predicts, has
+    none here and one in PEFT. label_mask=False: all that are no padding.
+  Experts of a mixture. As in `lowrank.corda`: all of them read all tokens.
   Equal shares, as of layers that read the same. The one that is called first
     wins; PEFT lets the layer whose components the others share win.
   Ranks of layers that read the same. PEFT gives all of them the candidates of

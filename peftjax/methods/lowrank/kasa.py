@@ -25,7 +25,7 @@ defaults here, to 1e-2, 1e-5 (QNLI, RTE).
 
 Where sources differ:
   What is cut. The authors' code keeps d_in - r terms, which cuts nothing from a
-    kernel with d_in > d_out + r. Here, as in the paper and Hugging Face PEFT,
+    kernel with d_in >= d_out + r. Here, as in the paper and Hugging Face PEFT,
     k - r remain whatever the shape.
   Penalty. The code takes the mean over kernels, of Gram matrices as large as
     the kernel; here it is the paper's and PEFT's sum, of r x r ones

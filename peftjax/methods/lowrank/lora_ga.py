@@ -84,9 +84,10 @@ def lora_ga(rank=8, alpha=16.0, gamma=16.0, scaling='rslora', rank_pattern=(),
     for path, site in found.items():
       shape, r = site.params['kernel'].shape, rank_of(path)
       if 2 * r > min(shape):
+        most = min(shape) // 2
         raise ValueError(
             f'lora_ga: rank {r} at {path!r}: expected at most half of the '
-            f'smaller side of the kernel of {list(shape)}; the nearest is '
-            f'{min(shape) // 2}')
+            f'smaller side of the kernel of {list(shape)}; '
+            + (f'the nearest is {most}' if most else 'leave it out of the sites'))
 
   return base._replace(check=check, calibration=statistics.mean_gradient())

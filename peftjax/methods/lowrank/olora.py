@@ -24,7 +24,7 @@ Count: r (d_in + d_out) a kernel; as many again are stored.
 Where sources differ:
   The base. PEFT trains beside K - s A0 B0 in the place of K.
   Scale. As in PEFT, A0 B0 is not divided by s: the trained product starts at s
-    times the projection. The default is s = 1.
+    times the projection. s = 1 with rank and alpha as by default.
   Dropout. As in `lowrank.pissa`.
 """
 
@@ -44,7 +44,8 @@ def olora(rank=8, alpha=8.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
 
   Args:
     rank: r, at least 1 and at most the smaller side of the kernel.
-    alpha: Numerator of the scale, any positive number.
+    alpha: Numerator of the scale, any positive number; that of the rank gives
+      the authors' s = 1.
     scaling: 'lora' (alpha / r) or 'rslora' (alpha / sqrt(r)).
     rank_pattern: Ordered (regex, rank) pairs on site paths, or a mapping; the
       first match wins, other sites take `rank`.

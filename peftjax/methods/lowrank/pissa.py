@@ -22,8 +22,9 @@ Count: r (d_in + d_out) a kernel; as many again are stored.
 Where sources differ:
   The base. The paper's code and Hugging Face PEFT train beside a residual
     kernel K - s A0 B0 that takes the place of K, and convert afterwards.
-  Scale. The paper's scripts set alpha = r, so s = 1; so does the default here.
-    Any other s gives the same start and product, and other learning rates.
+  Scale. The paper's scripts set alpha = r, so s = 1; so do the defaults here
+    together, and with another rank it has to be said. Any other s gives the
+    same start and product, and other learning rates.
   Dropout. Here it acts on the whole difference, so that the start is the base
     in training as well; in PEFT on A B alone.
   The decomposition is a full one; PEFT also offers a faster randomised one.
@@ -44,7 +45,8 @@ def pissa(rank=8, alpha=8.0, scaling='lora', rank_pattern=(), alpha_pattern=(),
 
   Args:
     rank: r, at least 1 and at most the smaller side of the kernel.
-    alpha: Numerator of the scale, any positive number.
+    alpha: Numerator of the scale, any positive number; that of the rank gives
+      the authors' s = 1.
     scaling: 'lora' (alpha / r) or 'rslora' (alpha / sqrt(r)).
     rank_pattern: Ordered (regex, rank) pairs on site paths, or a mapping; the
       first match wins, other sites take `rank`.

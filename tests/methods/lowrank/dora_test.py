@@ -232,3 +232,34 @@ def test_dropout_is_pefts(case, moved, twin):
   still = method.layer(f, c.x, method.prepare(t['one'], ctx),
                        ctx._replace(train=False))
   assert np.abs(got - still).max() > 0.1
+  layer.lora_dropout['default'] = torch.nn.Identity()
+  np.testing.assert_allclose(
+      still, layer(other.tensor(c.x)).detach(), rtol=0, atol=1e-5)
+
+
+class Fused(nn.Module):
+
+  @nn.compact
+  def __call__(self, x):
+    q, k, v = jnp.split(nn.Dense(24, name='qkv')(x), 3, -1)
+    return jnp.tanh(q * k + v)
+
+
+def test_slices_of_a_fused_kernel_have_columns_of_their_own():
+  model, x = Fused(), np.float32(RNG.normal(size=(5, 7)))
+  params = dict(qkv=dict(kernel=np.float32(RNG.normal(size=(7, 24))),
+                         bias=np.float32(RNG.normal(size=24))))
+  sites = peftjax.describe(model, x)
+  method = peftjax.load('lowrank.dora', rank=2, sites=dict(
+      path=(r'qkv\[0:8\]', r'qkv\[16:24\]')))
+  theta = peftjax.init(method, jax.random.key(0), sites, params)
+  assert sorted(theta['dora']) == ['qkv[0:8]', 'qkv[16:24]']
+  theta = jax.tree.map(
+      lambda v: v + np.float32(0.3 * RNG.normal(size=v.shape)), theta)
+  folded = peftjax.fold(method, params, theta, sites)
+  moved = np.abs(folded['qkv']['kernel'] - params['qkv']['kernel']).max(0) > 0
+  np.testing.assert_array_equal(moved, [True] * 8 + [False] * 8 + [True] * 8)
+  np.testing.assert_array_equal(folded['qkv']['bias'], params['qkv']['bias'])
+  y, _ = peftjax.apply(model, method, params, theta, x)
+  np.testing.assert_allclose(
+      y, model.apply({'params': folded}, x), rtol=0, atol=2e-6)
