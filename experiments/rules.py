@@ -7,7 +7,8 @@ the 95 % t interval over seeds:
              on the other
   NI(m)      shown if it lies above -m (for what is better the smaller: below m),
              contradicted if it lies wholly on the other side of that
-  FEWER(f)   the second arm has more than f times as many numbers: exact
+  FEWER(f)   the second arm has more than f times as many numbers: exact; of
+             several tasks and seeds, on that of the worst ratio
   FASTER(f)  the second arm's steps to the validation loss that its mean curve
              ends at, over the first's steps to the same loss; 0 where it is
              never reached. Shown above f, contradicted below 1
@@ -91,8 +92,14 @@ def _verdict(shown, contradicted):
 
 
 def _fewer(part, rows):
-  mine, other = (next(r for r in rows if r['arm'] == a)[part.key or 'trained']
-                 for a in (part.arm, part.other))
+  size = {}  # of every task and seed: ranks that a run has found differ
+  for row in rows:
+    size.setdefault((row['task'], row['seed']), {})[row['arm']] = row[
+        part.key or 'trained']
+  mine, other = max(
+      ((of[part.arm], of[part.other]) for of in size.values()
+       if part.arm in of and part.other in of),
+      key=lambda pair: pair[0] / pair[1])
   bar = part.margin or 1
   times = f', {other / mine:.0f} times' if part.margin else ''
   verdict = 'shown' if bar * mine < other else 'contradicted'

@@ -6,12 +6,13 @@ r"""Learning against forgetting: what low-rank methods keep of the base.
       --record=experiments/lowrank/forget_cells.json
   PEFTJAX_DATA=DATA python -m experiments.lowrank.forget
 
-stories260k on E2E records, 2000 training pairs, 200 steps of 8 x 192 tokens,
-the loss on the text alone; three rates, a factor sqrt(10) apart, for 60 steps
-on seed 0, the best on seeds 0, 1 and 2. The last command writes forget.json:
-for every adapter its loss on all 630 test pairs (learnt) and KL(base || tuned)
-a token on 200 of the base's own sequences (kept, the smaller the better).
-CorDA-KPM calibrates on 200 others. `:runlocal` does two steps a cell.
+stories260k on E2E records, 2000 training pairs, 200 steps of 8 rows of at most
+288 tokens, the loss on the text alone; five rates, a factor sqrt(10) apart, for
+60 steps on seed 0, the best on seeds 0, 1 and 2. The last command writes
+forget.json: for every adapter its loss on all 630 test pairs (learnt) and
+KL(base || tuned) a token on 200 of the base's own sequences (kept, the smaller
+the better). CorDA-KPM calibrates on 200 others. `:runlocal` does two steps a
+cell.
 """
 
 import json
@@ -65,7 +66,7 @@ def grid(arg, arms, task):
   out.tasks = ((task, {}),)
   out.seeds = (0,) if small else (0, 1, 2)
   out.search = None if small else dict(
-      rates=(10 ** -0.5, 1.0, 10 ** 0.5), fraction=0.3, seed=0)
+      rates=tuple(10 ** (0.5 * i) for i in range(-1, 4)), fraction=0.3, seed=0)
   return out
 
 

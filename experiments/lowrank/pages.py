@@ -25,8 +25,22 @@ ASIDE = ('lora_r3', 'lora_xs_random', 'kasa_free', 'auto_lora_permuted',
 SAME = 0.05  # how far the size of an arm may be from LoRA's
 
 
+def mean_sizes(rows):
+  """Rows with the mean of their arm as `adapter` and `file`.
+
+  Ranks and blocks that a run has found differ from seed to seed.
+  """
+  of = {}
+  for r in rows:
+    of.setdefault(r['arm'], []).append(r)
+  mean = lambda r, key: round(float(np.mean([v[key] for v in of[r['arm']]])))
+  return [dict(r, adapter=mean(r, 'adapter'), file=mean(r, 'file'))
+          for r in rows]
+
+
 def same_size(rows):
   """Rows of the arms that train as many numbers as LoRA, beside the head."""
+  rows = mean_sizes(rows)
   size = next((r['adapter'] for r in rows if r['arm'] == 'lora'), 0)
   return [r for r in rows
           if size and abs(r['adapter'] / size - 1) <= SAME]
@@ -51,7 +65,8 @@ def compared(rows, times=()):
   """
   gain, lines = gains(rows), []
   for line in pivot.pivot([
-      dict(r, trained=r['adapter'], stored=r['file']) for r in rows], times):
+      dict(r, trained=r['adapter'], stored=r['file'])
+      for r in mean_sizes(rows)], times):
     names = list(line)
     at = names.index('mean rank')
     lines.append({**{n: line[n] for n in names[:at]},
@@ -94,8 +109,9 @@ def updated(rows):
     for title, key in (('bits a byte, version 1', 'bits_v1'),
                        ('version 2, as it is', 'bits')):
       values = [r[key] for r in mine if key in r]
-      line[title] = (f'{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}'
-                     if len(values) > 1 else '-')
+      line[title] = '-' if not values else f'{np.mean(values):.4f}'
+      if len(values) > 1:
+        line[title] += f' ± {np.std(values, ddof=1):.4f}'
     lines.append(line)
   return report.markdown(lines)
 

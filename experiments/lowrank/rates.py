@@ -5,9 +5,10 @@ r"""DeLoRA against the learning rate, beside LoRA and DoRA.
       --config=experiments/lowrank/rates.py \
       --record=experiments/lowrank/rates_cells.json
 
-mpqa as in grid.py, 75 steps, six rates over 2.5 decades, three seeds, no
-search: an arm is a method at a rate. Cells that diverge are failures of the grid
-and count as a score of 0. `arms=delora` runs one method, `:runlocal` two steps
+mpqa as in grid.py, 75 steps, nine rates half a decade apart, three seeds, no
+search: an arm is a method at a rate. Only `optim.lr` varies: DeLoRA's strength
+keeps the rate of its group. Cells that diverge are failures of the grid and
+count as outside. `arms=delora` runs one method, `:runlocal` two steps
 of one rate.
 """
 
@@ -20,7 +21,7 @@ from experiments.lowrank import arms as arms_lib
 from experiments.lowrank import grid as grid_lib
 
 METHODS = ('lora', 'dora', 'delora')
-RATES = tuple(10 ** (-3.5 + 0.5 * i) for i in range(6))
+RATES = tuple(10 ** (-4.5 + 0.5 * i) for i in range(9))
 
 
 def arm(method, rate):
@@ -41,7 +42,7 @@ def get_config(arg=None):
   for name in common.pick(chosen['arms'], METHODS, 'arms'):
     (_, change), = arms_lib.of(name, small)
     arms |= {arm(name, rate): {**change, 'optim.lr': rate}
-             for rate in (RATES[1:2] if small else RATES)}
+             for rate in (RATES[3:4] if small else RATES)}
   grid.arms, grid.search = tuple(arms.items()), None
   return grid
 
@@ -49,8 +50,8 @@ def get_config(arg=None):
 def widths(rows, method, within=0.02):
   """{seed: decades of rates that come within so much of the best of a method}.
 
-  Half a decade a rate. Rates are compared by their mean over seeds for the
-  best, and seed by seed for what comes near it.
+  Half a decade a rate, so half a decade more than from the first such rate to
+  the last. The best is each seed's own, on the test rows.
   """
   score = {}
   for row in rows:

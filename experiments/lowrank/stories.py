@@ -51,7 +51,7 @@ def base():
   c.model.weights = WEIGHTS
   c.data.name = 'data:e2e'
   c.data.train, c.data.validation = 2000, 200
-  c.task.name, c.task.length, c.task.metric = 'seq2seq', 192, 'perplexity'
+  c.task.name, c.task.length, c.task.metric = 'seq2seq', 288, 'perplexity'
   c.task.max_new_tokens = 1  # judged by its loss, not by what it writes
   c.steps, c.batch, c.eval_batch = 200, 8, 50
   c.optim.schedule, c.optim.warmup = 'linear', 0.06
@@ -116,19 +116,28 @@ def opened(adapter, weights=None):
   return case, sites, methods, theta
 
 
-def losses(adapter, weights=None):
-  """dict(loss: nats a token, bits: a byte) of an adapter, folded, on test."""
+def losses(adapter, weights=None, folded=True):
+  """dict(loss: nats a token, bits: a byte) of an adapter, folded, on test.
+
+  folded=False: of its base alone. Rows that are longer than those of training
+  are cut as they were there; bits are then of the tokens that are left.
+  """
   case, sites, methods, theta = opened(adapter, weights)
-  params = fold(methods, case.base.params, theta, sites)
+  params = case.base.params
+  if folded:
+    params = fold(methods, params, theta, sites)
   arrays = case.arrays['test']
   loss = evaluator(case.base.model, (), arrays, BATCH, task=case.task)(
       params, {})['loss']
   said = load_adapter(adapter).meta['base']
   examples = sources.open_split(
       said['data'], 'test', said.get('path', '')).examples
-  size = sum(len(e['target'].encode()) for e in examples)
-  return dict(loss=loss, bits=float(
-      loss * arrays['weights'].sum() / size / np.log(2)))
+  targets = [e['target'] for e in examples]
+  tokenizer = text.load_tokenizer(case.base.folder)
+  tokens = sum(len(ids) + (tokenizer.eos is not None)
+               for ids in tokenizer.encode(targets, special=False))
+  size = sum(len(t.encode()) for t in targets)
+  return dict(loss=loss, bits=float(loss * tokens / size / np.log(2)))
 
 
 def kept(adapter, rows):

@@ -7,11 +7,11 @@ r"""Trans-PEFT: does an adapter survive the update of its base?
   PEFTJAX_DATA=DATA python -m experiments.lowrank.updated_base
 
 Adapters of the attention kernels are trained on version 1, stories260k, for E2E
-as in forget.py, and attached as they are to version 2, stories260k trained on
-in full on other text: there they are judged. `lora_v2` is a LoRA trained on
-version 2, what could be had at best; `dropout` is a LoRA with as much noise of
-the plain kind. The last command writes updated_base.json. `:runlocal` does two
-steps a cell.
+as in forget.py, and attached as they are to version 2, stories260k trained on in
+full on other text: there they are judged. `lora_v2` is a LoRA trained on version
+2, what could be had at best; the row `none` has the bases without an adapter;
+`dropout` is a LoRA with as much noise of the plain kind. The last command writes
+updated_base.json. `:runlocal` does two steps a cell.
 """
 
 import json
@@ -43,7 +43,13 @@ def get_config(arg=None):
 def measure(workdir, updated):
   """Rows of updated_base.json: losses on version 1 and on version 2."""
   rows = []
-  for arm, seed, path in stories.finished(workdir, 'e2e', ARMS):
+  found = stories.finished(workdir, 'e2e', ARMS)
+  first = next((path for arm, _, path in found if arm != 'lora_v2'), None)
+  if first:
+    bare = {v: stories.losses(first, v, folded=False) for v in (None, updated)}
+    rows.append(dict(arm='none', task='e2e', seed=0, **bare[updated],
+                     **{f'{k}_v1': v for k, v in bare[None].items()}))
+  for arm, seed, path in found:
     row = dict(arm=arm, task='e2e', seed=seed, **stories.losses(path, updated))
     if arm != 'lora_v2':
       row |= {f'{k}_v1': v for k, v in stories.losses(path).items()}

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import rules
 from experiments.lowrank import arms
 from experiments.lowrank import decide
 from experiments.lowrank import figures
@@ -19,9 +20,12 @@ from experiments.lowrank import rates
 from experiments.lowrank import stories
 from experiments.lowrank import times
 from experiments.lowrank import updated_base
+from peftjax import bases
 from peftjax import compare
 from peftjax import config as config_lib
 from peftjax import method as method_lib
+from peftjax.data import sources
+from peftjax.data import text
 
 QUIET = lambda *_: None
 
@@ -135,6 +139,17 @@ def test_forgetting_locally(tmp_path):
       rows[0]['loss'], abs=1e-4)
   # Two steps move the base a little, and a KL is not negative.
   assert 0 < stories.kept(path, (ids, mask)) < 0.1
+  # Rows that are cut take nothing from the bytes they are counted by.
+  ratio = lambda v: v['bits'] / v['loss']
+  bare = stories.losses(path, folded=False)
+  assert bare['loss'] != stories.losses(path)['loss']
+  assert ratio(bare) == pytest.approx(ratio(stories.losses(path)))
+  examples = sources.open_split(made.base.data.name, 'test').examples
+  tokenizer = text.load_tokenizer(bases.load(stories.WEIGHTS, 'lm').folder)
+  targets = [e['target'] for e in examples]
+  tokens = sum(len(i) + 1 for i in tokenizer.encode(targets, special=False))
+  size = sum(len(t.encode()) for t in targets)
+  assert ratio(bare) == pytest.approx(tokens / size / np.log(2))
   # Attached to the base that it has, by name: the same loss.
   assert stories.losses(path, stories.WEIGHTS) == pytest.approx(
       stories.losses(path))
@@ -158,6 +173,9 @@ def test_width_of_rates():
       'contradicted')
   # A rate that diverges has no row.
   assert decide.robust(rows[:24])[0] == 'not measured'
+  some = [r for r in rows if r['seed'] or 'delora' in r['arm']]
+  assert decide.robust(some) == (
+      'not measured', ['the methods do not share all seeds'])
 
 
 def _intruders(**arms_):
@@ -176,6 +194,9 @@ def test_intruders_are_decided():
   assert decide.compared(rows, 'intruders', swapped)[0] == 'contradicted'
   assert decide.compared(rows, 'intruders', (('lora', 'full'),))[0] == (
       'not measured')
+  assert decide.compared([r for r in rows if r['seed'] or r['arm'] == 'full'],
+                         'intruders', pairs) == (
+      'not measured', ['lora_r1 and full do not share all seeds'])
   verdict, texts = decide.high_rank(rows)
   assert verdict == 'shown' and '1.90 times' in texts[1]
   assert intruders.lines(rows)[1]['intruders of 10'] == '3.01'
@@ -185,6 +206,16 @@ def test_controls_have_the_rank_and_the_norm():
   delta = np.asarray(intruders.random(jax.random.key(0), (20, 30), 3, 5.))
   assert np.linalg.matrix_rank(delta) == 3
   assert np.linalg.norm(delta) == pytest.approx(5, rel=1e-5)
+
+
+def test_of_unlike_sizes_the_worst_ratio_counts():
+  sizes = ((10, 100), (40, 100), (30, 60))
+  rows = [_row(a, n, seed=s) for s, pair in enumerate(sizes)
+          for a, n in zip(('x', 'lora'), pair)]
+  for factor, verdict in ((0, 'shown'), (2, 'contradicted'), (1.9, 'shown')):
+    got, said = rules.decide_part(
+        rules.Part('FEWER', 'x', 'lora', factor, 'adapter'), rows)
+    assert got == verdict and said.startswith('x 30 against lora 60')
 
 
 def test_what_is_not_recorded_is_said(tmp_path):
@@ -206,6 +237,11 @@ def test_pages():
   assert {r['arm'] for r in pages.same_size(rows)} == {'lora', 'lora_xs_r96'}
   assert pages.same_size(rows[1:]) == []
   assert '| 1,020 |' in pages.compared(rows)
+  # Of ranks that were found, the mean counts, and all seeds stay.
+  found = [_row('lora', 1000), *(
+      _row('adalora', n, seed=i) for i, n in enumerate((1030, 1050, 1061)))]
+  assert len(pages.same_size(found)) == 4
+  assert '| 1,047 |' in pages.compared(found)
   assert pages.absent([]) == ''
   assert pages.absent(['mpqa-dora-search', 'mpqa-vera-s1', 'mpqa-vera-s2']) == (
       'Not run: mpqa without `dora`, `vera`.')
@@ -213,6 +249,8 @@ def test_pages():
           for s in range(2)]
   assert '0.1000 ± 0.0000' in pages.forgotten(rows)
   assert '| 0.9000 ± 0.0000 |' in pages.updated(rows)
+  assert '| none | 0.9000 | 1.0000 |' in pages.updated(
+      [dict(rows[0], arm='none'), *rows])
 
 
 def test_figures(tmp_path):
