@@ -13,6 +13,7 @@ BASES = {
     'nf4': dict(name='nf4'),
     'nf2': dict(name='nf4', bits=2, block=16, scales='float32'),
     'loftq': dict(name='loftq', rank=2, block=16),
+    'loftq double': dict(name='loftq', rank=2, block=16, scales='double'),
     'loftq int8': dict(name='loftq', rank=2, bits=8)}
 
 
