@@ -126,6 +126,19 @@ def test_low_precision_params_are_folded_in_float32():
   np.testing.assert_array_equal(got, want)
 
 
+def test_products_are_exact_but_in_training():
+  """What is exported, not what a step makes of a model that is not Linen's."""
+  params = dict(w=jnp.ones((8, 8)))
+  sites = peftjax.describe(params)
+  theta = random_theta(LORA, sites, params)
+  for train in (False, True):
+    text = jax.jit(lambda p, t, train=train: peftjax.fold(
+        LORA, p, t, sites, train=train)).lower(params, theta).as_text()
+    products = [line for line in text.splitlines() if 'dot_general' in line]
+    assert products
+    assert all(('HIGHEST' in line) != train for line in products)
+
+
 # ------------------------------------------------------ every kind of kernel
 def check_layer_equals_fold(model, x, methods=LORA, **kwargs):
   """Value and gradient of both views of all methods; returns the output."""

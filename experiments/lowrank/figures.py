@@ -86,7 +86,11 @@ def scatter(rows, folder):
 
 
 def versions(rows, folder):
-  """Loss on both versions of the base, joined by lines."""
+  """Loss on both versions of the base, joined by lines.
+
+  Not of the bases alone, which are far above all arms.
+  """
+  rows = [r for r in rows if r['arm'] != 'none']
   fig, ax = plt.subplots(figsize=(5.4, 4), layout='constrained')
   for i, arm in enumerate(dict.fromkeys(r['arm'] for r in rows)):
     for n, row in enumerate(r for r in rows if r['arm'] == arm):

@@ -119,8 +119,8 @@ def opened(adapter, weights=None):
 def losses(adapter, weights=None, folded=True):
   """dict(loss: nats a token, bits: a byte) of an adapter, folded, on test.
 
-  folded=False: of its base alone. Rows that are longer than those of training
-  are cut as they were there; bits are then of the tokens that are left.
+  folded=False: of its base alone. Bits are of whole targets, at the mean loss of
+  their tokens; where rows are cut to `task.length`, of the tokens that are left.
   """
   case, sites, methods, theta = opened(adapter, weights)
   params = case.base.params

@@ -149,3 +149,16 @@ def test_large_matrices_are_decomposed_by_random_products(monkeypatch):
   assert not np.array_equal(got['directions'], want['directions'])
   np.testing.assert_allclose(got['values'], want['values'], rtol=1e-3)
   np.testing.assert_allclose(got['directions'], want['directions'], atol=2e-2)
+
+
+def test_components_of_mapped_layers_give_lapack_one_matrix_at_a_time():
+  """As of the experts of a mixture, whose layers are mapped."""
+  reducer = statistics.components(2, 2, 0.99)
+  kernel = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+  state = reducer.init(types.SimpleNamespace(params=dict(kernel=kernel)))
+  many = jax.tree.map(lambda v: jnp.stack([v] * 3), state)
+  text = jax.jit(jax.vmap(reducer.update, (0, None, None))).lower(
+      many, rows(9, 4), np.ones(9, bool)).as_text()
+  calls = [line for line in text.splitlines() if 'lapack' in line]
+  assert any('12x4xf32' in line for line in calls)  # [2 + 9 + 1, 4]
+  assert not any('3x12x4xf32' in line for line in calls)

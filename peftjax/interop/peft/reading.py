@@ -13,6 +13,7 @@ import numpy as np
 
 from peftjax import theta as theta_lib
 from peftjax.artifact import save_adapter
+from peftjax.config import DTYPES
 from peftjax.interop.peft import files
 from peftjax.interop.peft.names import scanned
 from peftjax.interop.peft.part import array, at, matched, Part, sites_of
@@ -54,6 +55,9 @@ def convert_adapter(peft_dir, out, base=None, head='auto', scan=False):
   classes = _classes(rest) if head in ('classify', 'tag', 'own') else None
   # A base in bfloat16 has another fingerprint than the same in float32.
   dtype = metadata.get('peftjax.param_dtype', 'float32')
+  if dtype not in DTYPES:
+    raise ValueError(f'{peft_dir}: peftjax.param_dtype is {dtype!r}'
+                     f'{nearest(dtype, DTYPES)}')
   opened = functools.partial(
       open_base, weights, head, classes, scan, param_dtype=dtype)
   source = opened()

@@ -35,9 +35,9 @@ Where sources differ:
     other p_j. By default ranks whose shares are equal but for rounding are kept.
   The scale. The released code retrains with alpha / r_i, of a site's own rank.
   The head. In the released code it stays as it was drawn while it searches.
-  The step xi. The released code leaves it out of the second term, as if it were 1, and
-    takes the differences around weights that have moved. The default is the
-    paper's learning rate.
+  The step xi. The released code leaves it out of the second term, as if it were
+    1, and takes the differences around weights that have moved. The default is
+    the paper's learning rate.
   Learning rates. The paper has 3e-4 for the weights and for l; so l has that of
     the config here, and Adam's decays are (0.5, 0.999) (group 'search').
 """

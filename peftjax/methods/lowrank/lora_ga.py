@@ -88,6 +88,7 @@ def lora_ga(rank=8, alpha=16.0, gamma=16.0, scaling='rslora', rank_pattern=(),
         raise ValueError(
             f'lora_ga: rank {r} at {path!r}: expected at most half of the '
             f'smaller side of the kernel of {list(shape)}; '
-            + (f'the nearest is {most}' if most else 'leave it out of the sites'))
+            + (f'the nearest is {most}' if most
+               else 'leave it out of the sites'))
 
   return base._replace(check=check, calibration=statistics.mean_gradient())

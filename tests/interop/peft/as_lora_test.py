@@ -9,6 +9,7 @@ from peftjax.interop.peft import reading
 from peftjax.interop.peft import source as source_lib
 from peftjax import trees
 import pytest
+import safetensors.numpy
 
 torch = pytest.importorskip('torch')
 peft = pytest.importorskip('peft')
@@ -87,6 +88,12 @@ def test_a_base_in_bfloat16(family, tmp_path):
     got = back.theta['lora'][path]
     np.testing.assert_allclose(got['a'] @ got['b'], t['a'] @ t['b'],
                                atol=1e-7)
+  file = tmp_path / 'b' / 'adapter_model.safetensors'
+  safetensors.numpy.save_file(safetensors.numpy.load_file(file), file,
+                              {'peftjax.param_dtype': 'bfloat61'})
+  with pytest.raises(ValueError, match="'bfloat61'.*bfloat16"):
+    reading.convert_adapter(tmp_path / 'b', tmp_path / 'd', fam.folder)
+  assert not (tmp_path / 'd').exists()
 
 
 def test_the_loss_is_what_it_says(family, kit, tmp_path):

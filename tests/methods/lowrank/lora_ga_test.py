@@ -111,6 +111,13 @@ def test_bad_arguments(case, kwargs, message):
     start(load(c, **{'rank': 2, **kwargs}), c, None)
 
 
+def test_a_kernel_of_one_column_has_no_rank():
+  sites = peftjax.describe(dict(w=jnp.ones((6, 1))))
+  method = peftjax.load('lowrank.lora_ga', rank=1)
+  with pytest.raises(ValueError, match=r'\[6, 1\]; leave it out of the sites'):
+    method.check({p: sites[p] for p in sites})
+
+
 def test_needs_statistics(case):
   c = case('mlp')
   with pytest.raises(ValueError, match=(
